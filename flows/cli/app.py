@@ -1,0 +1,198 @@
+"""The commands and their arguments; what they do is in the modules beside this one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.output import BAD_INPUT, FAILED, INTERRUPTED, print_json, say_error
+
+app = typer.Typer(
+    name="llamatuner",
+    help="Fine-tuning as a workflow: one recipe says what to train; only what is not done yet runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+artifacts_app = typer.Typer(
+    help="Look at, check and clean up what steps made.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(artifacts_app, name="artifacts")
+
+Recipe = Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML or JSON file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: stages.sft.learning_rate=1e-4"),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Strict = Annotated[bool, typer.Option("--strict-versions", help="Other versions of torch, transformers … are a miss.")]
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None, json: Json = False, strict_versions: Strict = False) -> None:
+    """Do what a recipe says and is not done yet."""
+    from flows.cli.running import run_recipe
+
+    raise typer.Exit(run_recipe(recipe, overrides or [], json, strict_versions))
+
+
+@app.command()
+def prepare(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> None:
+    """Do the data steps only: fetch, render, tokenize."""
+    from flows.cli.running import run_recipe
+
+    raise typer.Exit(run_recipe(recipe, overrides or [], json, False, data_only=True))
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None, json: Json = False, strict_versions: Strict = False) -> None:
+    """Show what would run, and why. Starts nothing."""
+    from flows.cli.looking import show_plan
+
+    show_plan(recipe, overrides or [], json, strict_versions)
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> None:
+    """Validate a recipe, its data and this machine. Starts nothing."""
+    from flows.cli.looking import check_recipe
+
+    check_recipe(recipe, overrides or [], json)
+
+
+@app.command()
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows to show: 5 on a terminal, all with --json.")] = None,
+    json: Json = False,
+) -> None:
+    """Show rendered rows with the trained part coloured."""
+    from flows.cli.previewing import preview_recipe
+
+    preview_recipe(recipe, overrides or [], rows, json)
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str | None, typer.Argument(help="models, datasets, stages, methods, templates or recipes")] = None,
+    json: Json = False,
+) -> None:
+    """List what is known by name."""
+    from flows.cli.looking import list_registries
+
+    list_registries(kind, json)
+
+
+@app.command()
+def runs(limit: Annotated[int, typer.Option(min=1, help="Runs to show.")] = 10, json: Json = False) -> None:
+    """Show recent pipeline runs with their results."""
+    from flows.cli.looking import list_runs
+
+    list_runs(limit, json)
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Show versions, devices, memory and paths, for bug reports."""
+    from flows.cli.looking import show_environment
+
+    show_environment(json)
+
+
+@app.command()
+def version(json: Json = False) -> None:
+    """Show the version."""
+    from tasks.versions import git_commit, package_version
+
+    if json:
+        print_json({"version": package_version("llamatuner"), "git_commit": git_commit()})
+    else:
+        print(f"llamatuner {package_version('llamatuner')}")
+
+
+@artifacts_app.command("ls")
+def artifacts_ls(json: Json = False) -> None:
+    """List artifacts, newest first."""
+    from flows.cli.stored import list_artifacts
+
+    list_artifacts(json)
+
+
+Key = Annotated[str, typer.Argument(help="Beginning of a key, or the artifact's folder name.")]
+
+
+@artifacts_app.command("show")
+def artifacts_show(key: Key, json: Json = False) -> None:
+    """Show an artifact's manifest."""
+    from flows.cli.stored import show_artifact
+
+    show_artifact(key, json)
+
+
+@artifacts_app.command("why")
+def artifacts_why(key: Key, json: Json = False) -> None:
+    """Explain what made an artifact differ from the one nearest to it."""
+    from flows.cli.stored import explain_artifact
+
+    explain_artifact(key, json)
+
+
+@artifacts_app.command("verify")
+def artifacts_verify(
+    key: Annotated[str | None, typer.Argument(help="Beginning of a key; all artifacts without it.")] = None,
+    json: Json = False,
+) -> None:
+    """Read every file and compare it with its sha256."""
+    from flows.cli.stored import verify_artifacts
+
+    raise typer.Exit(verify_artifacts(key, json))
+
+
+@artifacts_app.command("gc")
+def artifacts_gc(
+    keep_runs: Annotated[
+        int, typer.Option(min=0, help="Keep what the newest so many runs of each recipe refer to.")
+    ] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove artifacts that no recent run refers to, unfinished work and damaged folders."""
+    from flows.cli.stored import collect_garbage
+
+    collect_garbage(keep_runs, dry_run, json)
+
+
+def run_app(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    from registry.errors import InputError
+
+    try:
+        result: Any = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except InputError as error:
+        say_error(str(error))
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        say_error("interrupted")
+        return INTERRUPTED
+    except typer.Abort:
+        return INTERRUPTED
+    except typer.Exit as end:
+        return end.exit_code
+    except Exception as error:  # noqa: BLE001 - the last line of defence shows every fault and its exit code
+        return _unusable(error)
+
+
+def _unusable(error: Exception) -> int:
+    """Click's usage errors end with 2 in its own words; anything else is a fault of ours and shows where."""
+    show = getattr(error, "show", None)
+    if callable(show):
+        show()
+        return BAD_INPUT
+    import traceback
+
+    traceback.print_exc()
+    return FAILED

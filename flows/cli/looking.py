@@ -1,0 +1,210 @@
+"""Commands that look and start nothing: `plan`, `check`, `list`, `runs`, `env`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from flows.cli.output import people, print_json
+from registry.core import Registry
+from registry.errors import InputError, Problem, did_you_mean
+from registry.home import Home
+
+STYLES = {"cached": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"}
+
+
+def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: bool) -> None:
+    """What each step would do, and why."""
+    from flows.graph import build
+    from flows.planning import plan
+    from registry.loading import load_recipe
+    from tasks.artifacts import Store
+
+    console = people(as_json)
+    recipe = load_recipe(name, overrides)
+    home = Home.open()
+    lines = plan(build(recipe, home, strict_versions), Store(home))
+    counts = {state: sum(line.state == state for line in lines) for state in STYLES}
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "state", "why"):
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        state = Text(line.state, style=STYLES[line.state])
+        table.add_row(Text(line.step.title), state, Text("; ".join(line.why)))
+    console.print(table)
+    console.print(Text(f"{recipe.name}: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)))
+    if as_json:
+        print_json({"recipe": recipe.name, "steps": [line.as_json() for line in lines], "counts": counts})
+
+
+def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
+    """Validate recipe, every row of its data, and this machine.
+
+    Raises:
+        InputError: everything found wrong.
+    """
+    from flows.graph import build
+    from flows.planning import plan
+    from flows.preflight import preflight
+    from registry.loading import load_recipe
+    from tasks.artifacts import Store
+    from tasks.fetch import count_rows
+
+    console = people(as_json)
+    recipe = load_recipe(name, overrides)
+    home = Home.open()
+    pipeline = build(recipe, home)
+    preflight(pipeline, plan(pipeline, Store(home)), home)
+    data = {}
+    for step in pipeline.steps:
+        if step.kind == "fetch":
+            usable, left_out = count_rows(step)
+            data[step.title] = {"rows": usable, "left_out": left_out}
+            report = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            console.print(Text(f"{step.title}: {usable} rows" + (f", left out: {report}" if report else "")))
+    for stage in recipe.stages:
+        batch = stage.train
+        console.print(
+            Text(
+                f"{stage.name}: {batch.per_device_train_batch_size} per device"
+                f" x {batch.gradient_accumulation_steps} accumulation"
+                f" x {batch.nproc_per_node} processes = {batch.global_batch_size()} sequences per optimizer step"
+            )
+        )
+    console.print(Text(f"{recipe.name}: good", style="green"))
+    if as_json:
+        print_json({"recipe": recipe.name, "valid": True, "data": data})
+
+
+def registries() -> dict[str, Registry[Any]]:
+    """Everything known by name."""
+    from registry.data_sources import DATASETS
+    from registry.models import MODELS
+    from registry.recipes import RECIPES
+    from registry.stages import METHODS, STAGES
+    from registry.templates import TEMPLATES
+
+    return {
+        "models": MODELS,
+        "datasets": DATASETS,
+        "stages": STAGES,
+        "methods": METHODS,
+        "templates": TEMPLATES,
+        "recipes": RECIPES,
+    }
+
+
+def list_registries(kind: str | None, as_json: bool) -> None:
+    """Names and descriptions.
+
+    Raises:
+        InputError: no registry of that name.
+    """
+    found = registries()
+    if kind is not None and kind not in found:
+        raise InputError(Problem("list", f"{kind!r} cannot be listed", did_you_mean(kind, list(found))))
+    shown = {name: entries for name, entries in found.items() if kind in (None, name)}
+    described = {name: {key: _description(entry) for key, entry in entries.items()} for name, entries in shown.items()}
+    console = people(as_json)
+    for name, entries in described.items():
+        console.print(Text(name, style="bold"))
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(width=26)
+        table.add_column()
+        for key, description in entries.items():
+            table.add_row(Text(f"  {key}"), Text(description))
+        console.print(table)
+    if as_json:
+        print_json(described)
+
+
+def _description(entry: Any) -> str:
+    """The entry's own words; of a file, its first comment line."""
+    if hasattr(entry, "description"):
+        return str(entry.description)
+    first = entry.read_text(encoding="utf-8").splitlines()[0]
+    return first.strip("{}#- ")
+
+
+def list_runs(limit: int, as_json: bool) -> None:
+    """Recent runs, newest first; one whose process is gone is shown as crashed."""
+    from flows.run_records import records
+
+    console = people(as_json)
+    found = []
+    for record in records(Home.default()):
+        values = dict(record.values)
+        if record.died():
+            values["status"] = "crashed"
+        found.append({key: value for key, value in values.items() if not key.startswith("pid")})
+        if len(found) == limit:
+            break
+    for values in found:
+        results = [
+            f"{stage} {metric}={value:.4g}"
+            for stage, metrics in values.get("results", {}).items()
+            for metric, value in metrics.items()
+            if metric.startswith("perplexity")
+        ]
+        steps = values.get("steps", [])
+        ran = sum(step["state"] == "ran" for step in steps)
+        console.print(
+            Text(f"{values['id']}  {values['recipe']:<16} {values['status']:<10} {ran} of {len(steps)} steps made")
+        )
+        for result in results:
+            console.print(Text(f"    {result}", style="dim"))
+    if not found:
+        console.print("no runs yet")
+    if as_json:
+        print_json({"runs": found})
+
+
+def show_environment(as_json: bool) -> None:
+    """What a bug report needs: versions, devices, memory, paths. No variable's value but our own paths."""
+    import psutil
+
+    from tasks.devices import cuda_devices
+    from tasks.steps import RECORDED
+    from tasks.tracking import tracking_uri
+    from tasks.versions import git_commit, package_version
+
+    home = Home.default()
+    parent = next(path for path in [home.path, *home.path.parents] if path.exists())
+    values: dict[str, Any] = {
+        "llamatuner": package_version("llamatuner"),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: package_version(name) for name in (*RECORDED, "prefect", "mlflow", "pydantic", "datasets")},
+        "cpus": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),
+        "devices": [f"{d.name}, {d.memory_mib} MiB, compute capability {d.capability}" for d in cuda_devices()],
+        "home": str(home.path),
+        "home_free_gib": round(shutil.disk_usage(parent).free / 2**30, 1),
+        "prefect_api": without_credentials(os.environ.get("PREFECT_API_URL", "embedded")),
+        "mlflow_tracking": without_credentials(tracking_uri(home)),
+    }
+    console = people(as_json)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {text}" for key, text in value.items())
+        console.print(Text(f"{name:<16} {', '.join(value) or 'none' if isinstance(value, list) else value}"))
+    if as_json:
+        print_json(values)
+
+
+def without_credentials(url: str) -> str:
+    """A URL without user and password.
+
+    >>> without_credentials("https://me:secret@host/api")
+    'https://host/api'
+    """
+    scheme, sign, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{sign}{host.rpartition('@')[2]}{slash}{path}"

@@ -1,0 +1,97 @@
+"""What a run came to: results before and after, sample answers, where time went, where to look."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.graph import BASE, Pipeline
+from flows.session import results_of
+from flows.view import duration
+from registry.home import Home
+from tasks.evaluation import read_answers
+from tasks.steps import Outcome
+from tasks.tracking import tracking_uri
+
+
+def print_report(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome], home: Home, status: str) -> None:
+    """Everything a person wants to see at the end, in 80 columns."""
+    console.print()
+    _answers(console, pipeline, outcomes)
+    _results(console, pipeline, outcomes)
+    _times(console, pipeline, outcomes)
+    _model(console, pipeline, outcomes)
+    _pages(console, home)
+    console.print(Text(f"{pipeline.recipe.name}: {status}", style="bold"))
+
+
+def _answers(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
+    columns = {BASE: pipeline.base_evaluated} | {name: stage.evaluated for name, stage in pipeline.stages.items()}
+    answers = {
+        name: read_answers(outcomes[step.title].artifact.path)
+        for name, step in columns.items()
+        if step and step.title in outcomes
+    }
+    for index, question in enumerate(pipeline.recipe.evaluation.questions if answers else ()):
+        console.print(Text(f"Q  {question}", style="bold"))
+        for name, found in answers.items():
+            style = "dim" if name == BASE else "green"
+            console.print(
+                Text(
+                    f"   {'before' if name == BASE else f'after {name}'}: {found[index]['answer'].strip()}", style=style
+                )
+            )
+        console.print()
+
+
+def _results(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
+    results = results_of(pipeline, {title: outcome.artifact for title, outcome in outcomes.items()})
+    for stage, values in results.items():
+        for metric, value in values.items():
+            before = results.get(BASE, {}).get(metric)
+            if stage == BASE:
+                continue
+            if before is not None:
+                change = f"{before:.2f} before, {value:.2f} after ({(value - before) / before:+.0%})"
+            else:
+                change = f"{value:.6g}"
+            console.print(Text(f"{stage}  {metric}: {change}"))
+    console.print()
+
+
+def _times(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
+    ran = [(step, outcomes[step.title]) for step in pipeline.steps if step.title in outcomes]
+    if not any(outcome.state == "ran" for _, outcome in ran):
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "state", "time", ""):
+        table.add_column(name, justify="right" if name == "time" else "left", no_wrap=True)
+    longest = max(outcome.seconds for _, outcome in ran)
+    for step, outcome in ran:
+        bar = "#" * round(20 * outcome.seconds / longest) if outcome.state == "ran" else ""
+        table.add_row(step.title, outcome.state, duration(outcome.seconds) if outcome.state == "ran" else "", bar)
+    console.print(table)
+    console.print()
+
+
+def _model(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
+    for name, stage in pipeline.stages.items():
+        outcome = outcomes.get(stage.model.title)
+        if outcome:
+            console.print(f"{name} model: {outcome.artifact.path}", markup=False, soft_wrap=True)
+
+
+def _pages(console: Console, home: Home) -> None:
+    """The commands that open the two pages; servers of the user's own have addresses already."""
+    binary = Path(sys.executable).parent
+    if not os.environ.get("PREFECT_API_URL"):
+        line = f"PREFECT_HOME={home.prefect} {binary / 'prefect'} server start"
+        console.print(f"Prefect pages: {line}   → http://127.0.0.1:4200", markup=False, soft_wrap=True)
+    if tracking_uri(home).startswith("sqlite:"):
+        line = f"{binary / 'mlflow'} server --backend-store-uri {tracking_uri(home)} --port 5000"
+        console.print(f"MLflow pages:  {line}   → http://127.0.0.1:5000", markup=False, soft_wrap=True)

@@ -1,0 +1,125 @@
+"""`run` and `prepare`."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from flows.cli.output import BAD_INPUT, DONE, FAILED, INTERRUPTED, people, print_json, say_error
+from flows.cli.report import print_report
+from flows.graph import Pipeline, build
+from flows.planning import PlannedStep, plan
+from flows.run_records import last_with_keys
+from registry.errors import InputError
+from registry.home import Home
+from registry.loading import load_recipe
+from tasks.artifacts import Store
+from tasks.steps import Outcome
+
+
+def run_recipe(name: str, overrides: list[str], as_json: bool, strict_versions: bool, data_only: bool = False) -> int:
+    """Do what a recipe says and is not done yet; the exit code."""
+    console = people(as_json)
+    recipe = load_recipe(name, overrides)
+    for note in recipe.notes:
+        console.print(note, markup=False)
+    home = Home.open()
+    pipeline = build(recipe, home, strict_versions)
+    pipeline = pipeline.data_only() if data_only else pipeline
+    lines = plan(pipeline, Store(home))
+    if all(line.state == "cached" for line in lines):
+        return _up_to_date(pipeline, lines, home, console, as_json)
+    from flows.preflight import preflight
+
+    preflight(pipeline, lines, home)
+    return _run(pipeline, lines, home, console, as_json)
+
+
+def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, as_json: bool) -> int:
+    """Everything is there: read manifests, print results, start nothing."""
+    outcomes = {line.step.title: Outcome("cached", line.artifact, 0.0) for line in lines if line.artifact}
+    record = last_with_keys(home, [line.key for line in lines])
+    if not as_json:
+        for line in lines:
+            for why in line.why:
+                console.print(f"{line.step.title}: {why}", style="yellow", markup=False)
+    print_report(console, pipeline, outcomes, home, "up to date: nothing to do")
+    if as_json:
+        values = record.values if record else {}
+        _print(pipeline, outcomes, "up-to-date", [], values.get("mlflow_run_id"), values.get("flow_run_id"))
+    return DONE
+
+
+def _print(
+    pipeline: Pipeline,
+    outcomes: dict[str, Outcome],
+    status: str,
+    steps: list[dict[str, Any]],
+    mlflow: str | None,
+    prefect: str | None,
+) -> None:
+    from flows.session import outcome_json, results_of
+
+    made = steps or [outcome_json(s, outcomes[s.title]) for s in pipeline.steps if s.title in outcomes]
+    results = results_of(pipeline, {title: outcome.artifact for title, outcome in outcomes.items()})
+    print_json({"status": status, "steps": made, "results": results, "mlflow_run_id": mlflow, "flow_run_id": prefect})
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, as_json: bool) -> int:
+    from flows.prefect_server import prefect_api
+    from flows.session import Session
+    from flows.view import make_view
+
+    signal.signal(signal.SIGTERM, _terminated)  # until the flow listens, SIGTERM unwinds like Ctrl-C
+    waiting = sum(line.state != "cached" for line in lines)
+    console.print(f"{pipeline.recipe.name}: {waiting} of {len(lines)} steps to do", style="bold", markup=False)
+    view = make_view(console)
+    try:
+        with prefect_api(home):
+            session = Session(pipeline, home, view)
+            try:
+                status = _flow(session)
+            finally:
+                view.close()
+    finally:
+        view.close()
+    print_report(console, pipeline, session.outcomes, home, status)
+    if as_json:
+        flow_run = session.record.values.get("flow_run_id")
+        _print(pipeline, session.outcomes, status, session.steps_json(), session.tracker.run_id, flow_run)
+    error = session.error()
+    if status == "cancelled":
+        return INTERRUPTED
+    if error is not None:
+        say_error(str(error))
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
+    return DONE if status == "completed" else FAILED
+
+
+def _deliver_logs() -> None:
+    """Wait until Prefect's API has the last log lines: its server is ended next."""
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler().flush()
+
+
+def _flow(session: Any) -> str:
+    """Run the flow with this session; the status the session ended with."""
+    from flows.pipeline import SESSION, pipeline
+
+    token = SESSION.set(session)
+    try:
+        pipeline(dict(session.pipeline.recipe.raw), None, session.pipeline.recipe.name, return_state=True)
+    finally:
+        SESSION.reset(token)
+        _deliver_logs()
+        if session.record.values["status"] == "running":  # Prefect itself failed before the flow's body ran
+            session.finish()
+    return str(session.record.values["status"])

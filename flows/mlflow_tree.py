@@ -1,0 +1,132 @@
+"""What of a pipeline goes where in MLflow: pipeline run → stage run → evaluation run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flows.graph import BASE, Pipeline, StageSteps
+from tasks.evaluation import read_results
+from tasks.jsonlines import read_json_lines
+from tasks.steps import Outcome, Step
+from tasks.tracking import Tracker
+
+PIPELINE_TAG = "llamatuner.pipeline_run"
+KEY_TAG = "llamatuner.key"
+COMPUTED_TAG = "llamatuner.computed_by"
+
+
+class MlflowTree:
+    """Turns what happens in a run into MLflow's terms.
+
+    Args:
+        pipeline: the steps.
+        tracker: the connection.
+    """
+
+    def __init__(self, pipeline: Pipeline, tracker: Tracker) -> None:
+        self._pipeline, self._tracker = pipeline, tracker
+        self.stage_runs: dict[str, str | None] = {}
+        self._outcomes: dict[str, Outcome] = {}
+
+    def begin(self, run_name: str) -> None:
+        """Open the pipeline run and one run per stage, with settings."""
+        recipe = self._pipeline.recipe
+        self._tracker.start(run_name, {"llamatuner.recipe": recipe.name}, recipe.raw)
+        for name, stage in self._pipeline.stages.items():
+            run_id = self._tracker.open(name, self._tracker.run_id, self._tags())
+            self.stage_runs[name] = run_id
+            self._tracker.params(run_id, self._params(stage))
+
+    def _tags(self) -> dict[str, str]:
+        return {PIPELINE_TAG: self._tracker.run_id or ""}
+
+    @staticmethod
+    def _params(stage: StageSteps) -> dict[str, Any]:
+        settings = stage.settings
+        data = settings.data.model_dump(include={"cutoff_len", "packing", "template", "overlong", "mask_history"})
+        return settings.train.identity() | data | settings.model.model_dump(exclude_none=True)
+
+    def event(self, step: Step, event: dict[str, Any]) -> None:
+        """Metrics of training, one point per optimizer step."""
+        if event["kind"] == "metrics" and step.kind == "train":
+            values = {k: v for k, v in event["values"].items() if isinstance(v, int | float)}
+            self._tracker.metrics(self.stage_runs.get(step.stage), values, event["step"])
+
+    def ended(self, step: Step, outcome: Outcome) -> dict[str, Any]:
+        """A step is done: log what it made. Returns fields to add to the artifact's manifest."""
+        self._outcomes[step.title] = outcome
+        stage = self._pipeline.stages.get(step.stage)
+        run_id = self.stage_runs.get(step.stage)
+        if step.kind == "evaluate":
+            return self._evaluated(step, outcome)
+        if stage is None:
+            return {}
+        if step is stage.tokenized or step in stage.held_out.values():
+            self._data(stage, step, outcome)
+        if step is stage.trained:
+            self._trained(run_id, outcome)
+        if step is stage.model:
+            self._model(step, run_id, outcome)
+        return {"mlflow_run_id": run_id} if outcome.state == "ran" else {}
+
+    def _data(self, stage: StageSteps, step: Step, outcome: Outcome) -> None:
+        held_out = step is not stage.tokenized
+        context = "evaluation" if held_out else "training"
+        names = {v.title: k for k, v in stage.held_out.items()}
+        name = names[step.title] if held_out else ", ".join(s.name for s in stage.settings.sources)
+        source = json.dumps({"files": step.runtime["files"], "artifact": f"tokenize/{outcome.artifact.path.name}"})
+        self._tracker.inputs(self.stage_runs[step.stage], {name: (source, outcome.artifact.digest)}, context)
+
+    def _trained(self, run_id: str | None, outcome: Outcome) -> None:
+        artifact = outcome.artifact
+        self._tracker.results(run_id, {f"train.{k}": v for k, v in _numbers(artifact.manifest["counts"]).items()})
+        if outcome.state == "cached":
+            self._history(run_id, outcome)
+            self._link(run_id, outcome)
+        self._tracker.tags(run_id, {KEY_TAG: artifact.key})
+        for file in ("report/loss.png", "report/metrics.jsonl", "manifest.json"):
+            self._tracker.file(run_id, artifact.path / file, "train")
+
+    def _history(self, run_id: str | None, outcome: Outcome) -> None:
+        """A cached training shows its curve in the new tree as well."""
+        path = outcome.artifact.path / "report" / "metrics.jsonl"
+        for point in read_json_lines(path) if path.exists() else []:
+            values = {k: v for k, v in _numbers(point).items() if k in ("loss", "learning_rate", "grad_norm", "epoch")}
+            self._tracker.metrics(run_id, values, point["step"])
+
+    def _link(self, run_id: str | None, outcome: Outcome) -> None:
+        self._tracker.tags(run_id, {COMPUTED_TAG: str(outcome.artifact.manifest.get("mlflow_run_id"))})
+
+    def _model(self, step: Step, run_id: str | None, outcome: Outcome) -> None:
+        name = f"{self._pipeline.recipe.name}-{step.stage}"
+        registered = self._tracker.register(run_id, name, outcome.artifact, {"stage": step.stage})
+        self._tracker.file(run_id, outcome.artifact.path / "manifest.json", "model")
+        self._tracker.tags(run_id, {"llamatuner.model": registered} if registered else {})
+
+    def _evaluated(self, step: Step, outcome: Outcome) -> dict[str, Any]:
+        parent = self._tracker.run_id if step.stage == BASE else self.stage_runs.get(step.stage)
+        run_id = self._tracker.open(f"{step.stage} evaluation", parent, self._tags())
+        results = read_results(outcome.artifact.path, step.runtime["set_names"])
+        values = {name: result["value"] for name, result in results.items()}
+        self._tracker.results(run_id, values)
+        if step.stage != BASE:
+            self._tracker.results(parent, values)
+        if outcome.state == "cached":
+            self._link(run_id, outcome)
+        for file in ("results.json", "answers.jsonl", "manifest.json"):
+            self._tracker.file(run_id, outcome.artifact.path / file)
+        self._tracker.close(run_id, "FINISHED")
+        return {"mlflow_run_id": run_id} if outcome.state == "ran" else {}
+
+    def end(self, status: str, results: dict[str, dict[str, float]]) -> None:
+        """Close the tree as FINISHED, FAILED or KILLED; the pipeline run shows every stage's results."""
+        flat = {f"{stage}/{name}": value for stage, values in results.items() for name, value in values.items()}
+        self._tracker.results(self._tracker.run_id, flat)
+        self._tracker.close_all(status)
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: value for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }

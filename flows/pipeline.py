@@ -1,0 +1,155 @@
+"""The pipeline flow: order, concurrency, retries and what Prefect's pages show.
+
+One decision: one flow, one task per step, and the store is the only cache. A task whose artifact is there ends in a
+Completed state named `Cached`, with Prefect's own result cache switched off: two caches would be two truths.
+"""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run, task_run
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.graph import build
+from flows.planning import plan
+from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, step_page
+from flows.preflight import preflight
+from flows.reconcile import reconcile
+from flows.session import Session, stopping
+from flows.view import LogView
+from registry.home import Home
+from registry.loading import load_recipe
+from tasks.launch import ProgramFailed
+from tasks.locks import Interrupted
+from tasks.steps import Step
+
+SESSION: ContextVar[Session | None] = ContextVar("llamatuner_session", default=None)
+CONCURRENT_STEPS = 4  # light steps side by side; heavy ones take turns (see Step.heavy)
+
+
+def _worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Again only for what can go better: a killed program, a lost port. Never for bad input, NaN or a full disk."""
+    try:
+        state.result()
+    except ProgramFailed as error:
+        return error.retried
+    except BaseException:  # noqa: BLE001 - any other failure is final
+        return False
+    return False
+
+
+@task(
+    task_run_name="{title}",
+    retries=2,
+    retry_delay_seconds=[1, 10],
+    retry_condition_fn=_worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def make_step(title: str) -> State[Any]:
+    """Do one step of the current session."""
+    session = SESSION.get()
+    if session is None:
+        raise RuntimeError("make_step runs inside the pipeline flow only")
+    logger = get_run_logger()
+    progress = ProgressPage(title, flow_run.get_id())
+
+    def on_event(step: Step, event: dict[str, Any]) -> None:
+        if event["kind"] == "note":
+            logger.info(event["text"])
+        progress.show(event)
+
+    if task_run.run_count > 1:
+        logger.info("attempt %d", task_run.run_count)
+    try:
+        outcome = session.make(title, on_event)
+    except Interrupted:
+        return Cancelled(message="The run was asked to stop; what is finished is kept.")
+    artifact = outcome.artifact
+    step_page(session.by_title[title], artifact)
+    reference = {"artifact": f"{artifact.step}/{artifact.path.name}", "key": artifact.key, "digest": artifact.digest}
+    if outcome.state == "cached":
+        return Completed(name="Cached", message=f"{reference['artifact']} is there", data=reference)
+    return Completed(message=f"made {reference['artifact']}", data=reference)
+
+
+@flow(
+    name="pipeline",
+    flow_run_name="{recipe_name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=CONCURRENT_STEPS),  # type: ignore[arg-type]
+    validate_parameters=True,
+    persist_result=False,
+)
+def pipeline(
+    recipe: str | dict[str, Any],
+    overrides: list[str] | None = None,
+    recipe_name: str = "pipeline",
+    data_only: bool = False,
+) -> State[Any]:
+    """Do what a recipe says and is not done yet.
+
+    Args:
+        recipe: a recipe's name, the path of its file, or the recipe itself.
+        overrides: `stages.sft.learning_rate=1e-4` and the like.
+        recipe_name: shown as the name of the run.
+        data_only: stop after the data steps.
+    """
+    logger = get_run_logger()
+    session = SESSION.get()
+    if session is None:  # started by Prefect: a deployment or its UI
+        session = _open(recipe, overrides or [], data_only, logger.info)
+        SESSION.set(session)
+    try:
+        with stopping(session.stop, session.view.say):
+            _run(session)
+    finally:
+        status = session.finish()
+        session.view.close()
+    results_page(session)
+    if status == "completed":
+        made = sum(outcome.state == "ran" for outcome in session.outcomes.values())
+        return Completed(message=f"{made} steps made, {len(session.outcomes) - made} cached")
+    if status == "cancelled":
+        return Cancelled(message="stopped; finished steps and checkpoints are kept")
+    return Failed(message=str(session.error()))
+
+
+def _open(recipe: str | dict[str, Any], overrides: list[str], data_only: bool, write: Any) -> Session:
+    home = Home.open()
+    built = build(load_recipe(recipe, overrides), home)
+    built = built.data_only() if data_only else built
+    preflight(built, plan(built, _store(home)), home)
+    return Session(built, home, LogView(write))
+
+
+def _store(home: Home) -> Any:
+    from tasks.artifacts import Store
+
+    return Store(home)
+
+
+def _run(session: Session) -> None:
+    """Submit every step; each begins as soon as its inputs are there."""
+    reconcile(session.home, session.view.say, os.getpid())
+    session.record.update(flow_run_id=str(flow_run.get_id()))
+    plan_page(plan(session.pipeline, session.store))
+    session.tree.begin(session.record.values["id"])
+    session.record.update(mlflow_run_id=session.tracker.run_id)
+    futures: dict[str, Any] = {}
+    for step in session.pipeline.steps:
+        needed = [wanted.source for wanted in step.inputs.values() if isinstance(wanted.source, Step)]
+        futures[step.title] = make_step.submit(
+            step.title, return_state=False, wait_for=[futures[source.title] for source in needed]
+        )
+    for future in futures.values():
+        future.wait()
+    for stage in session.pipeline.stages.values():
+        if stage.rendered.title in session.outcomes:
+            preview_page(stage, session.outcomes[stage.rendered.title].artifact)

@@ -1,0 +1,80 @@
+"""The plan: what would run, and why. Reads manifests and digests only; no server, no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flows.graph import Pipeline
+from tasks.artifacts import Artifact, Store, damage, read_artifact
+from tasks.digests import DigestMemory
+from tasks.explain import nearest
+from tasks.steps import Input, Ready, Step, prepare, version_drift
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One line of a plan."""
+
+    step: Step
+    key: str | None
+    state: str
+    """`cached`, `run`, `resume` (an interrupted attempt left something) or `unknown` (waits for an earlier step)."""
+    why: tuple[str, ...]
+    artifact: Artifact | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        path = str(self.artifact.path) if self.artifact else None
+        return {
+            "stage": self.step.stage,
+            "step": self.step.name,
+            "key": self.key,
+            "state": self.state,
+            "why": list(self.why),
+            "artifact": path,
+        }
+
+
+def plan(pipeline: Pipeline, store: Store) -> list[PlannedStep]:
+    """What each step would do now."""
+    memory = DigestMemory(store.home.digests)
+    everything: list[Artifact] | None = None
+    lines: list[PlannedStep] = []
+    for step in pipeline.steps:
+        ready = prepare(step, store, memory)
+        if ready is None:
+            lines.append(PlannedStep(step, None, "unknown", (f"waits for {', '.join(_missing(step, lines))}",), None))
+            continue
+        artifact = store.find(step.kind, ready.key)
+        if artifact:
+            drift = version_drift(artifact)
+            why = (f"made with other versions: {', '.join(drift)}",) if drift else ()
+            lines.append(PlannedStep(step, ready.key, "cached", why, artifact))
+            continue
+        if everything is None:
+            everything = list(store.all())
+        scratch = store.work_folder(step.kind, ready.key) / "scratch"
+        state = "resume" if scratch.is_dir() and any(scratch.iterdir()) else "run"
+        lines.append(PlannedStep(step, ready.key, state, tuple(_why(step, ready, store, everything)), None))
+    return lines
+
+
+def _missing(step: Step, lines: list[PlannedStep]) -> list[str]:
+    states = {id(line.step): line.state for line in lines}
+    sources = [wanted.source for wanted in step.inputs.values() if isinstance(wanted, Input)]
+    return [s.title for s in sources if isinstance(s, Step) and states.get(id(s)) != "cached"]
+
+
+def _why(step: Step, ready: Ready, store: Store, everything: list[Artifact]) -> list[str]:
+    """Damaged, never made, or what differs from the nearest artifact made before."""
+    for path in (store.home.artifacts / step.kind).glob(f"*-{ready.key[:12]}"):
+        artifact = read_artifact(path)
+        reason = "manifest.json is missing or unreadable" if artifact is None else damage(artifact)
+        if reason:
+            return [f"the artifact is damaged: {reason}"]
+    found = nearest(ready, step.label, everything)
+    if found is None:
+        return ["not made before"]
+    artifact, lines = found
+    return lines or [f"its artifact {artifact.path.name} was moved"]

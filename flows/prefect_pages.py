@@ -1,0 +1,102 @@
+"""What Prefect's pages show of a run: plan, preview, progress, curve, results."""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.graph import StageSteps
+from flows.planning import PlannedStep
+from flows.session import Session
+from flows.view import duration, numbers
+from tasks.artifacts import Artifact
+from tasks.preview import marked_markdown, read_rendered
+from tasks.steps import Step
+
+PROGRESS_SECONDS = 3.0  # between two updates; each is a write to Prefect's database
+PREVIEW_ROWS = 3
+
+
+def _key(text: str) -> str:
+    """Prefect's artifact keys know lowercase letters, digits and dashes only."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+class ProgressPage:
+    """The progress bar of a step."""
+
+    def __init__(self, title: str, flow_run_id: str | None) -> None:
+        self._title, self._last = title, 0.0
+        self._id: UUID | None = None
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Update the bar from a progress event, every few seconds and at the end."""
+        if event["kind"] != "progress" or not event.get("total"):
+            return
+        now, done = time.monotonic(), event["step"] >= event["total"]
+        if self._id is None and done:
+            return  # too short to have a bar
+        if now - self._last < PROGRESS_SECONDS and not done:
+            return
+        self._last = now
+        percent = min(100.0, 100.0 * event["step"] / event["total"])
+        text = f"{self._title}: {event['step']} of {event['total']}  {numbers(event)}"
+        if self._id is None:
+            created = create_progress_artifact(percent, key=_key(f"{self._title}-progress"), description=text)
+            self._id = created if isinstance(created, UUID) else None  # a coroutine only where a loop is running
+        else:
+            update_progress_artifact(self._id, progress=percent, description=text)
+
+
+def plan_page(lines: list[PlannedStep]) -> None:
+    """The plan as a table."""
+    rows = [
+        {"step": line.step.title, "state": line.state, "why": "; ".join(line.why), "key": (line.key or "")[:12]}
+        for line in lines
+    ]
+    create_table_artifact(rows, key="plan", description="What would run when this run began, and why")
+
+
+def step_page(step: Step, artifact: Artifact) -> None:
+    """The loss curve of a training."""
+    curve = artifact.path / "report" / "loss.png"
+    if step.kind == "train" and curve.is_file():
+        data = base64.b64encode(curve.read_bytes()).decode()
+        create_image_artifact(
+            f"data:image/png;base64,{data}", key=_key(f"{step.stage}-loss"), description="Training loss"
+        )
+
+
+def preview_page(stage: StageSteps, artifact: Artifact) -> None:
+    """The first rendered rows, the trained part marked."""
+    rows = read_rendered(artifact.path, PREVIEW_ROWS)
+    text = "\n\n".join(f"**row {row['row']}**\n\n{marked_markdown(row['text'], row['spans'])}" for row in rows)
+    create_markdown_artifact(
+        f"Bold is trained, the rest is not.\n\n{text}",
+        key=_key(f"{stage.settings.name}-preview"),
+        description="Rendered rows",
+    )
+
+
+def results_page(session: Session) -> None:
+    """Results per stage, where time went, and the MLflow run."""
+    results = session.results()
+    lines = ["| stage | metric | value |", "| --- | --- | --- |"]
+    lines += [
+        f"| {stage} | {name} | {value:.6g} |" for stage, values in results.items() for name, value in values.items()
+    ]
+    lines += ["", "| step | state | time |", "| --- | --- | --- |"]
+    lines += [f"| {title} | {o.state} | {duration(o.seconds)} |" for title, o in session.outcomes.items()]
+    lines += ["", f"MLflow run `{session.tracker.run_id}`, run record `{session.record.values['id']}`."]
+    create_markdown_artifact("\n".join(lines), key="results", description="Results of this run")

@@ -1,0 +1,171 @@
+"""One run of a pipeline in this process: what is done, what failed, and who is told.
+
+One decision: everything a run needs beside Prefect is here and works without it; the flow only asks `make` for
+one step after the other, from threads.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from flows.graph import BASE, Pipeline
+from flows.mlflow_tree import MlflowTree
+from flows.run_records import RunRecord
+from flows.view import View
+from registry.home import Home
+from tasks.artifacts import Store
+from tasks.digests import DigestMemory
+from tasks.evaluation import read_results
+from tasks.locks import Interrupted
+from tasks.steps import Outcome, Step, do
+from tasks.tracking import Tracker
+
+
+class Session:
+    """The state of one run.
+
+    Args:
+        pipeline: what to do.
+        home: where.
+        view: who is told.
+    """
+
+    def __init__(self, pipeline: Pipeline, home: Home, view: View) -> None:
+        self.pipeline, self.home, self.view = pipeline, home, view
+        self.store, self.memory = Store(home), DigestMemory(home.digests)
+        self.stop = threading.Event()
+        self.outcomes: dict[str, Outcome] = {}
+        self.failed: dict[str, BaseException] = {}
+        self.by_title = {step.title: step for step in pipeline.steps}
+        self.tracker = Tracker(home, view.say)
+        self.tree = MlflowTree(pipeline, self.tracker)
+        self.record = RunRecord.start(home, pipeline.recipe.name)
+        self._lock = threading.Lock()
+
+    def make(self, title: str, also: Callable[[Step, dict[str, Any]], None]) -> Outcome:
+        """Do one step and tell everyone.
+
+        Args:
+            title: the step.
+            also: gets the step's events too (Prefect's progress bar).
+
+        Raises:
+            What the step raises; it is remembered first.
+        """
+        step = self.by_title[title]
+
+        def emit(event: dict[str, Any]) -> None:
+            self.view.event(step, event)
+            self.tree.event(step, event)
+            also(step, event)
+
+        self.view.started(step)
+        try:
+            outcome = do(step, self.store, self.memory, self.stop, emit)
+        except BaseException as error:
+            self.failed[title] = error
+            self.view.failed(step, error)
+            raise
+        with self._lock:
+            self.failed.pop(title, None)
+            self.outcomes[title] = outcome
+            added = self.tree.ended(step, outcome)
+            if added:
+                self.store.annotate(outcome.artifact, **added)
+            self.record.update(steps=self.steps_json())
+        self.view.ended(step, outcome)
+        return outcome
+
+    def status(self) -> str:
+        """`completed`, `failed` or `cancelled`."""
+        if self.stop.is_set():
+            return "cancelled"
+        return "failed" if self.failed or len(self.outcomes) < len(self.pipeline.steps) else "completed"
+
+    def error(self) -> BaseException | None:
+        """What went wrong first, an interruption aside."""
+        return next((e for e in self.failed.values() if not isinstance(e, Interrupted)), None)
+
+    def steps_json(self) -> list[dict[str, Any]]:
+        """The steps reached, as `run --json` gives them."""
+        lines = []
+        for step in self.pipeline.steps:
+            outcome = self.outcomes.get(step.title)
+            if outcome:
+                lines.append(outcome_json(step, outcome))
+            elif step.title in self.failed:
+                empty = {"key": None, "digest": None, "artifact": None, "seconds": None, "resumed_from": None}
+                lines.append({"stage": step.stage, "step": step.name, "state": "failed", **empty})
+        return lines
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """Stage → metric → value, of what is done so far."""
+        return results_of(self.pipeline, {title: outcome.artifact for title, outcome in self.outcomes.items()})
+
+    def finish(self) -> str:
+        """Close the record and the MLflow tree; the status."""
+        status = self.status()
+        self.tree.end({"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[status], self.results())
+        error = self.error()
+        self.record.end(status, steps=self.steps_json(), results=self.results(), error=str(error) if error else None)
+        return status
+
+
+def outcome_json(step: Step, outcome: Outcome) -> dict[str, Any]:
+    """One finished step as `run --json` gives it."""
+    return {
+        "stage": step.stage,
+        "step": step.name,
+        "state": outcome.state,
+        "key": outcome.artifact.key,
+        "digest": outcome.artifact.digest,
+        "artifact": str(outcome.artifact.path),
+        "seconds": round(outcome.seconds, 3),
+        "resumed_from": outcome.resumed_from,
+    }
+
+
+def results_of(pipeline: Pipeline, artifacts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Stage → metric → value, from finished artifacts by step title."""
+    results: dict[str, dict[str, float]] = {}
+    evaluated = {BASE: pipeline.base_evaluated} | {name: stage.evaluated for name, stage in pipeline.stages.items()}
+    for stage, step in evaluated.items():
+        if step and step.title in artifacts:
+            found = read_results(artifacts[step.title].path, step.runtime["set_names"])
+            results.setdefault(stage, {}).update({name: result["value"] for name, result in found.items()})
+    for name, stage_steps in pipeline.stages.items():
+        artifact = artifacts.get(stage_steps.trained.title)
+        if artifact:
+            counts = artifact.manifest["counts"]
+            wanted = {f"train.{key}": counts[key] for key in ("train_loss", "steps", "trained_tokens") if key in counts}
+            results.setdefault(name, {}).update(wanted)
+    return results
+
+
+@contextmanager
+def stopping(stop: threading.Event, say: Callable[[str], None]) -> Iterator[None]:
+    """Within the body, SIGINT and SIGTERM ask the run to stop; a second one is obeyed at once.
+
+    Handlers can be set in the main thread only; elsewhere the body runs without.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        say(f"stopping after {signal.Signals(number).name}; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

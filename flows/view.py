@@ -1,0 +1,189 @@
+"""What a person sees while a pipeline runs: a live display in a terminal, lines in a log.
+
+One decision: everything goes to one stream, standard error with `--json`, so that standard output can hold one JSON
+object; and the same events make both forms.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from tasks.steps import Outcome, Step
+
+LOG_SECONDS = 15.0  # between two progress lines of one step in a log
+
+
+class View(Protocol):
+    """What the run tells."""
+
+    def say(self, text: str) -> None:
+        """A sentence about the whole run."""
+
+    def started(self, step: Step) -> None:
+        """A step begins."""
+
+    def event(self, step: Step, event: dict[str, Any]) -> None:
+        """A `note`, `progress` or `metrics` event of a step."""
+
+    def ended(self, step: Step, outcome: Outcome) -> None:
+        """A step is done."""
+
+    def failed(self, step: Step, error: BaseException) -> None:
+        """A step failed or was stopped."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+def numbers(event: dict[str, Any]) -> str:
+    """Loss and speed of a progress event, as far as it has them: `loss 1.234  210 tok/s`."""
+    parts = []
+    if event.get("loss") is not None:
+        parts.append(f"loss {event['loss']:.3f}")
+    if event.get("tokens_per_second"):
+        parts.append(f"{event['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(0.4), duration(75), duration(3700)
+    ('0.4 s', '1 min 15 s', '1 h 01 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def done_line(step: Step, outcome: Outcome) -> str:
+    """How a step ended, in one line."""
+    if outcome.state == "cached":
+        return f"{step.title:<34} cached   {outcome.artifact.path.name}"
+    resumed = f", resumed from step {outcome.resumed_from}" if outcome.resumed_from else ""
+    return f"{step.title:<34} done     {duration(outcome.seconds)}{resumed}"
+
+
+class LogView:
+    """Plain lines, for logs and pipes.
+
+    Args:
+        write: takes one line.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._last, self._lock = write, dict[str, float](), threading.Lock()
+        self._begun: dict[str, tuple[float, int]] = {}
+
+    def say(self, text: str) -> None:
+        self._write(text)
+
+    def started(self, step: Step) -> None:
+        self._write(f"{step.title:<34} started")
+
+    def event(self, step: Step, event: dict[str, Any]) -> None:
+        if event["kind"] == "note":
+            self._write(f"{step.title}: {event['text']}")
+        if event["kind"] != "progress" or not event.get("total"):
+            return
+        with self._lock:
+            now = time.monotonic()
+            begun, first = self._begun.setdefault(step.title, (now, event["step"]))
+            if now - self._last.get(step.title, begun) < LOG_SECONDS:
+                self._last.setdefault(step.title, begun)
+                return
+            self._last[step.title] = now
+        done, total = event["step"], event["total"]
+        rate = (done - first) / (now - begun)
+        left = f"  ETA {duration((total - done) / rate)}" if rate > 0 else ""
+        self._write(f"{step.title:<34} {done}/{total}  {numbers(event)}{left}")
+
+    def ended(self, step: Step, outcome: Outcome) -> None:
+        self._write(done_line(step, outcome))
+
+    def failed(self, step: Step, error: BaseException) -> None:
+        word = "failed" if isinstance(error, Exception) else "stopped"
+        self._write(f"{step.title:<34} {word}")
+
+    def close(self) -> None:
+        self._last.clear()
+
+
+class _Numbers(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("numbers", ""), style="cyan")
+
+
+class TerminalView:
+    """Bars for what runs now, a line for what is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<26}", table_column=None),
+            BarColumn(bar_width=14),
+            TextColumn("{task.fields[count]}"),
+            _Numbers(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def started(self, step: Step) -> None:
+        with self._lock:
+            self._bars[step.title] = self._progress.add_task(step.title, total=None, count="", numbers="")
+
+    def event(self, step: Step, event: dict[str, Any]) -> None:
+        bar = self._bars.get(step.title)
+        if event["kind"] == "note":
+            self._console.print(f"  {step.title}: {event['text']}", style="dim", highlight=False, markup=False)
+        elif event["kind"] == "progress" and bar is not None:
+            total = event.get("total") or None
+            count = f"{event['step']}/{total}" if total else f"{event['step']}"
+            self._progress.update(bar, completed=event["step"], total=total, count=count, numbers=numbers(event))
+
+    def ended(self, step: Step, outcome: Outcome) -> None:
+        self._remove(step)
+        mark, style = ("=", "dim") if outcome.state == "cached" else ("+", "green")
+        self._console.print(Text(f"{mark} {done_line(step, outcome)}", style=style))
+
+    def failed(self, step: Step, error: BaseException) -> None:
+        self._remove(step)
+        word = "failed" if isinstance(error, Exception) else "stopped"
+        self._console.print(Text(f"! {step.title:<34} {word}", style="red"))
+
+    def _remove(self, step: Step) -> None:
+        with self._lock:
+            bar = self._bars.pop(step.title, None)
+            if bar is not None:
+                self._progress.remove_task(bar)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def make_view(console: Console) -> View:
+    """The live display where there is a terminal, lines elsewhere."""
+    if console.is_terminal:
+        return TerminalView(console)
+
+    def write(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return LogView(write)

@@ -1,0 +1,96 @@
+"""Recipe files and overrides to a validated recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from registry.core import read_yaml
+from registry.errors import InputError, Problem, did_you_mean
+from registry.recipe import Recipe, build_recipe
+from registry.recipes import RECIPES
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by registry name.
+
+    Raises:
+        InputError: neither exists.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.absolute()
+    if name in RECIPES:
+        return RECIPES[name]
+    if path.suffix in SUFFIXES or "/" in name:
+        raise InputError(Problem(str(path.absolute()), "the recipe file does not exist", "Check the path."))
+    raise InputError(
+        Problem("recipe", f"{name!r} is neither a file nor a known recipe", did_you_mean(name, list(RECIPES)))
+    )
+
+
+def load_recipe(recipe: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate.
+
+    Args:
+        recipe: path, registry name, or the mapping itself.
+        overrides: `a.b=c` each, typed as in the file.
+
+    Raises:
+        InputError: everything that is wrong, at once.
+    """
+    if isinstance(recipe, str):
+        path = find_recipe(recipe)
+        folder, title = path.parent, path.name
+        try:
+            raw = read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+        except UnicodeDecodeError as error:
+            raise InputError(
+                Problem(str(path), f"not UTF-8 text at byte {error.start}", "Save it as UTF-8.")
+            ) from error
+    else:
+        folder, title, raw = Path.cwd(), str(recipe.get("name", "recipe")), dict(recipe)
+    return build_recipe(override(raw, overrides), folder, title)
+
+
+def override(raw: Any, overrides: Sequence[str]) -> Any:
+    """A copy of `raw` with overrides applied.
+
+    >>> override({"stages": {"sft": {"seed": 1}}}, ["stages.sft.seed=2", "name=x"])
+    {'stages': {'sft': {'seed': 2}}, 'name': 'x'}
+
+    Raises:
+        InputError: an override is not `a.b=c`, or leads through something that is not a mapping.
+    """
+    problems = []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        keys = key.strip().split(".")
+        if not sign or not all(keys):
+            problems.append(Problem(f"--set {text}", "an override is key=value, e.g. stages.sft.learning_rate=1e-4"))
+            continue
+        stages = raw.get("stages") if isinstance(raw, dict) else None
+        if keys[0] == "stages" and len(keys) > 1 and isinstance(stages, dict) and keys[1] not in stages:
+            problems.append(Problem(f"--set {text}", f"no stage {keys[1]!r}", did_you_mean(keys[1], list(stages))))
+            continue
+        try:
+            raw = _put(raw, keys, read_yaml(value, f"--set {text}"))
+        except KeyError as error:
+            problems.append(Problem(f"--set {text}", f"{error.args[0]} is not a mapping in this recipe"))
+    if problems:
+        raise InputError(problems)
+    return raw
+
+
+def _put(raw: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise KeyError("the recipe" if not isinstance(raw, str) else raw)
+    if len(keys) == 1:
+        return raw | {keys[0]: value}
+    inner = raw.get(keys[0], {})
+    if not isinstance(inner, dict):
+        raise KeyError(keys[0])
+    return raw | {keys[0]: _put(inner, keys[1:], value)}

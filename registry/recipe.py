@@ -1,0 +1,255 @@
+"""A recipe: what to train, as frozen records.
+
+One decision: a stage is written flat, with the argument names people know, and is split here into records by field
+name. Top-level settings are the defaults of every stage; a file without `stages` is a recipe of one stage.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from registry.data_sources import DataSource, find_dataset
+from registry.errors import InputError, Problem, did_you_mean
+from registry.records import DataSettings, EvaluationSettings, ModelSettings, Record, RuntimeSettings, TrainSettings
+from registry.stages import METHODS, STAGES
+from registry.templates import template_text
+
+RECORDS: tuple[type[Record], ...] = (ModelSettings, DataSettings, TrainSettings, RuntimeSettings)
+FIELDS: dict[str, type[Record]] = {name: record for record in RECORDS for name in record.model_fields}
+RECIPE_KEYS = ("name", "stages", "evaluation")
+ALIASES = {"eval_dataset_size": "val_size", "model_max_length": "cutoff_len"}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+PATHS = {"dataset_dir": True, "adapter_name_or_path": True, "model_name_or_path": False}
+"""Settings that are paths: always, or only when such a folder exists."""
+LORA_ONLY = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "adapter_name_or_path")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage of a recipe."""
+
+    name: str
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    runtime: RuntimeSettings
+    sources: tuple[DataSource, ...]
+    """The training data sets, found."""
+    eval_sources: tuple[DataSource, ...]
+    """Held-out data sets: those of the stage and those of `evaluation.perplexity`, each once."""
+    template: str | None
+    """Jinja text of the chat template; None: the model's own."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe."""
+
+    name: str
+    stages: tuple[StageSettings, ...]
+    evaluation: EvaluationSettings
+    raw: Mapping[str, Any]
+    """As written, with overrides applied and paths made absolute: what is kept with the run."""
+    notes: tuple[str, ...] = ()
+    """What was read differently from how it was written, e.g. an alias."""
+
+
+def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
+    """Validate what a recipe file says.
+
+    Args:
+        raw: the parsed file, overrides applied.
+        folder: where relative `dataset_dir`s start.
+        title: the file, for the error.
+
+    Raises:
+        InputError: everything that is wrong, at once.
+    """
+    if not isinstance(raw, dict) or not raw:
+        raise InputError(Problem("", "a recipe is a mapping of settings", "See `llamatuner list recipes`."), title)
+    raw = absolute_paths(raw, folder)
+    problems: list[Problem] = []
+    notes: list[str] = []
+    defaults = {key: value for key, value in raw.items() if key not in RECIPE_KEYS}
+    written = raw.get("stages", {defaults.get("stage", "sft"): {}})
+    if not isinstance(written, dict) or not written or not all(isinstance(v, dict) for v in written.values()):
+        raise InputError(Problem("stages", "stages is a mapping of stage names to settings"), title)
+    name = _name(raw.get("name", Path(title).stem), problems)
+    evaluation = _record(EvaluationSettings, raw.get("evaluation", {}), lambda key: f"evaluation.{key}", problems)
+    stages = []
+    for stage_name, own in written.items():
+        known = len(problems)
+        where = _places(str(stage_name), own, defaults, "stages" in raw)
+        stage = _stage(str(stage_name), _renamed(defaults | own, where, notes), where, evaluation, problems)
+        if stage is not None and len(problems) == known:
+            stages.append(stage)
+    if len(stages) > 1:
+        problems.append(Problem("stages", f"{len(stages)} stages; chains are not supported yet", "Keep one stage."))
+    if problems:
+        raise InputError(_each_once(problems), title)
+    assert evaluation is not None
+    return Recipe(name, tuple(stages), evaluation, raw, tuple(dict.fromkeys(notes)))
+
+
+def _each_once(problems: list[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))
+
+
+def _name(value: Any, problems: list[Problem]) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        problems.append(
+            Problem("name", f"{value!r} is not a name", "Letters, digits, dot, dash, underscore; at most 60.")
+        )
+        return "unnamed"
+    return value
+
+
+def _places(stage: str, own: Mapping[str, Any], defaults: Mapping[str, Any], nested: bool) -> Any:
+    """Key → where it is written, or would be: in the stage, or at the top as a default."""
+    return lambda key: f"stages.{stage}.{key}" if nested and (key in own or key not in defaults) else key
+
+
+def _renamed(settings: dict[str, Any], where: Any, notes: list[str]) -> dict[str, Any]:
+    renamed = {}
+    for key, value in settings.items():
+        if key in ALIASES:
+            notes.append(f"{where(key)} is read as {ALIASES[key]}")
+        renamed[ALIASES.get(key, key)] = value
+    return renamed
+
+
+def _stage(
+    name: str, settings: dict[str, Any], where: Any, evaluation: EvaluationSettings | None, problems: list[Problem]
+) -> StageSettings | None:
+    for key in settings:
+        if key not in FIELDS:
+            problems.append(Problem(where(key), "unknown key", did_you_mean(key, [*FIELDS, *RECIPE_KEYS])))
+    if not NAME.fullmatch(name):
+        problems.append(Problem(f"stages.{name}", "not a stage name", "Letters, digits, dot, dash, underscore."))
+    parts = [
+        _record(record, {k: v for k, v in settings.items() if FIELDS.get(k) is record}, where, problems)
+        for record in RECORDS
+    ]
+    model, data, train, runtime = parts
+    dataset_dir = settings.get("dataset_dir")
+    directory = Path(dataset_dir) if isinstance(dataset_dir, str) else None
+    sources = _sources(data.dataset, directory, where("dataset"), problems) if isinstance(data, DataSettings) else ()
+    held_out: list[DataSource] = []
+    if isinstance(data, DataSettings):
+        held_out += _sources(data.eval_dataset, directory, where("eval_dataset"), problems)
+    if evaluation is not None:
+        held_out += _sources(evaluation.perplexity, directory, "evaluation.perplexity", problems)
+    template = (
+        _collect(problems, template_text, data.template, where("template")) if isinstance(data, DataSettings) else None
+    )
+    _rules(settings, where, problems)
+    if not (
+        isinstance(model, ModelSettings)
+        and isinstance(data, DataSettings)
+        and isinstance(train, TrainSettings)
+        and isinstance(runtime, RuntimeSettings)
+    ):
+        return None
+    unique = tuple({source.name: source for source in reversed(held_out)}.values())[::-1]
+    for source in held_out:
+        if any(other.name == source.name and other.file != source.file for other in unique):
+            rule = f"two held-out data sets are named {source.name!r}; each is reported by its name"
+            problems.append(Problem(where("eval_dataset"), rule, "Rename one of the files."))
+    return StageSettings(name, model, data, train, runtime, tuple(sources), unique, template)
+
+
+def _rules(settings: Mapping[str, Any], where: Any, problems: list[Problem]) -> None:
+    """Names that must be known, and settings that exclude each other."""
+    for key, registry in (("stage", STAGES), ("finetuning_type", METHODS)):
+        if isinstance(settings.get(key), str):
+            _collect(problems, registry.lookup, settings[key], where(key))
+    if settings.get("finetuning_type") == "full":
+        for key in LORA_ONLY:
+            if settings.get(key) is not None:
+                rule = f"{key} has no effect with finetuning_type full"
+                problems.append(Problem(where(key), rule, "Remove it, or use finetuning_type: lora."))
+
+
+def _sources(
+    names: tuple[str, ...], directory: Path | None, where: str, problems: list[Problem]
+) -> tuple[DataSource, ...]:
+    found = [_collect(problems, find_dataset, name, directory, where) for name in names]
+    return tuple(source for source in found if source is not None)
+
+
+def _collect(problems: list[Problem], function: Any, *arguments: Any) -> Any:
+    """Call, and keep the problems instead of stopping at the first."""
+    try:
+        return function(*arguments)
+    except InputError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _record(record: type[Record], values: Any, where: Any, problems: list[Problem]) -> Any:
+    """A record from parsed values, typed strictly; None and problems when it is not valid."""
+    try:
+        text = json.dumps(values)
+    except (TypeError, ValueError):
+        problems.append(Problem(where("…"), "only text, numbers, true/false, lists and mappings can be used"))
+        return None
+    try:
+        return record.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        problems.extend(_problem(record, item, where) for item in error.errors(include_url=False))
+        return None
+
+
+def _problem(record: type[Record], item: Any, where: Any) -> Problem:
+    """One of pydantic's errors in our words: value, rule, and the unit line of the field as the cure."""
+    field = str(item["loc"][0]) if item["loc"] else ""
+    place = where(field) if field else where("").rstrip(".")
+    if item["type"] == "extra_forbidden":
+        return Problem(place, "unknown key", did_you_mean(field, list(record.model_fields)))
+    help_text = (record.model_fields[field].description or "").split("\n")[0] if field in record.model_fields else ""
+    if item["type"] == "missing":
+        return Problem(place, "missing, and it has no default", help_text)
+    rule = item["msg"].replace("Input should be", "should be")
+    return Problem(place, f"{item['input']!r} {rule}", f"{field}: {help_text}" if help_text else "")
+
+
+def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe with paths that hold from any working directory.
+
+    A relative path starts at the recipe's folder. Names of registries and hubs stay as they are: a value is a path
+    when something of that name exists there, or when it can be nothing else.
+    """
+
+    def absolute(value: Any, must: bool) -> Any:
+        if not isinstance(value, str):
+            return value
+        path = folder / Path(value).expanduser()
+        return str(path.absolute()) if must or path.exists() or value.startswith(("~", "./", "../")) else value
+
+    def mended(settings: Mapping[str, Any]) -> dict[str, Any]:
+        changed = dict(settings)
+        for key, must in PATHS.items():
+            if key in changed:
+                changed[key] = absolute(changed[key], must)
+        if str(changed.get("template", "")).endswith(".jinja"):
+            changed["template"] = absolute(changed["template"], True)
+        for key in ("dataset", "eval_dataset", "perplexity"):
+            value = changed.get(key)
+            names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+            if isinstance(names, list):
+                changed[key] = [absolute(n, False) if "/" in str(n) or "." in str(n) else n for n in names]
+        return changed
+
+    whole = mended(raw)
+    if isinstance(raw.get("stages"), dict):
+        whole["stages"] = {n: mended(own) if isinstance(own, dict) else own for n, own in raw["stages"].items()}
+    if isinstance(raw.get("evaluation"), dict):
+        whole["evaluation"] = mended(raw["evaluation"])
+    return whole

@@ -1,0 +1,158 @@
+"""The settings of a stage, as frozen records: what changes the result apart from what does not.
+
+One decision: identity and runtime are different types. `ModelSettings`, `DataSettings`, `TrainSettings` and
+`EvaluationSettings` enter the keys of steps; nothing of `RuntimeSettings` ever does. A recipe writes them all flat,
+with the argument names of LLaMA-Factory and LLamaTuner. Every field says its unit in the string below it; that string
+is the help text, the JSON schema and the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _split_names(value: Any) -> Any:
+    """`a,b` as people write lists in LLaMA-Factory configs, or one name, or a list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _minus_one_is_unset(value: Any) -> Any:
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Steps = Annotated[int, Field(ge=1)]
+
+
+class Record(BaseModel):
+    """Frozen, no unknown keys, documented fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSettings(Record):
+    """The model a stage starts from."""
+
+    model_name_or_path: str
+    """Registry name, Hugging Face hub id (`owner/name`) or local folder of the base model."""
+    model_revision: str = "main"
+    """Hub branch, tag or commit of the base model; the commit it pointed to is recorded."""
+    adapter_name_or_path: str | None = None
+    """Local folder of a LoRA adapter to continue from; it must have been trained on the same base weights."""
+
+
+class DataSettings(Record):
+    """The rows a stage sees and how they become tokens."""
+
+    dataset: Annotated[Names, Field(min_length=1)]
+    """Data sets to train on: names from the registry or `dataset_dir`, or files; a list or `a,b`."""
+    eval_dataset: Names = ()
+    """Held-out data sets; each is reported by its own name."""
+    val_size: Annotated[float, Field(ge=0)] = 0.0
+    """Rows kept back from `dataset` for evaluation: a share below 1, or a number of rows from 1."""
+    max_samples: Steps | None = None
+    """Most rows taken from each data set, in file order; for trying things out."""
+    template: str = "auto"
+    """Chat template: `auto` is the model's own, else a name of `llamatuner list templates` or a .jinja file."""
+    cutoff_len: Annotated[int, Field(ge=4)] = 2048
+    """Longest sequence, in tokens; also the length of a packed sequence."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a row longer than `cutoff_len`: left out and counted, cut at the end, or refused."""
+    packing: bool = False
+    """Put several rows into one sequence of `cutoff_len` tokens; they never see each other."""
+    mask_history: bool = False
+    """Train on the last answer of a conversation only, instead of on every answer."""
+    bad_rows: Literal["fail", "skip"] = "fail"
+    """What a row that cannot be used does: end the run with every reason, or be left out and reported."""
+
+
+class TrainSettings(Record):
+    """How the weights are moved."""
+
+    stage: str = "sft"
+    """Training stage; see `llamatuner list stages`."""
+    finetuning_type: str = "lora"
+    """What is trained: `lora` (low-rank matrices beside frozen weights) or `full` (all weights)."""
+    lora_rank: Steps = 8
+    """Rank r of the LoRA matrices."""
+    lora_alpha: Steps | None = None
+    """LoRA scale numerator: updates are scaled by lora_alpha / lora_rank; twice the rank when not set."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability on the input of the LoRA matrices."""
+    lora_target: Names = ("all",)
+    """Module names that get LoRA matrices; `all` is every linear module but the output head."""
+    per_device_train_batch_size: Steps = 1
+    """Sequences per process in one forward pass."""
+    gradient_accumulation_steps: Steps = 1
+    """Forward passes per optimizer step."""
+    nproc_per_node: Steps = 1
+    """Training processes on this machine; more than one are started by torchrun."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows; not used when `max_steps` is set."""
+    max_steps: Annotated[Steps | None, BeforeValidator(_minus_one_is_unset)] = None
+    """Optimizer steps to make; -1 or nothing leaves it to `num_train_epochs`."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate over the run."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the optimizer steps over which the learning rate rises to its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of initialisation, order and dropout."""
+    bf16: bool = False
+    """Weights of the frozen base and arithmetic in bfloat16; LoRA matrices and optimizer state stay float32."""
+
+    def resolved_lora_alpha(self) -> int:
+        """`lora_alpha`, or twice the rank."""
+        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step: per device x accumulation x processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.nproc_per_node
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change the weights: derived values filled in, those without effect left out."""
+        fields = self.model_dump(mode="json")
+        fields["lora_alpha"] = self.resolved_lora_alpha()
+        if self.finetuning_type != "lora":
+            fields = {name: value for name, value in fields.items() if not name.startswith("lora_")}
+        fields.pop("num_train_epochs" if self.max_steps is not None else "max_steps")
+        if self.lr_scheduler_type == "constant":
+            fields.pop("warmup_ratio")
+        return fields
+
+
+class EvaluationSettings(Record):
+    """What is measured after training."""
+
+    perplexity: Names = ()
+    """Data sets whose answers are scored; nothing means the held-out rows of the stage."""
+    questions: tuple[str, ...] = ()
+    """Questions answered by the models before and after, greedily."""
+    max_new_tokens: Steps = 64
+    """Longest sample answer, in tokens."""
+    compare_with: Literal["base", "none"] = "base"
+    """Measure the base model as well; its result is shared by all pipelines."""
+
+
+class RuntimeSettings(Record):
+    """What may change without changing the result. Never part of a key."""
+
+    dataset_dir: str | None = None
+    """Folder with `dataset_info.yaml` or `dataset_info.json` and data files; relative to the recipe file."""
+    logging_steps: Steps = 1
+    """Optimizer steps between two points of the loss curve."""
+    save_steps: Steps = 50
+    """Optimizer steps between two checkpoints."""
+    save_total_limit: Steps = 2
+    """Whole checkpoints kept while training."""
+    per_device_eval_batch_size: Steps = 8
+    """Sequences per forward pass when evaluating; results do not depend on it."""

@@ -1,0 +1,173 @@
+"""Sample answers: what a model says to a few questions, greedily.
+
+One decision: how many questions go through the model together is fixed here and no setting. In bfloat16 another
+batch can tip a choice between two nearly equal tokens; so equal settings give equal answers on a machine of any size.
+
+Legend: b questions of a batch, p tokens of the longest prompt, n new tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH = 8  # questions per forward pass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question answered."""
+
+    question: str
+    answer: str
+    stopped: bool
+    """The model ended the answer itself; False when it was cut at `max_new_tokens`."""
+    tokens: int
+    """Tokens of the answer, its terminator not counted."""
+
+    def record(self) -> dict[str, Any]:
+        """As it is written."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What turns questions into ids and ids into answers, for one model."""
+
+    tokenizer: Tokenizer
+    """The model's tokenizer.json as it is: truncates nothing, pads nothing."""
+    render: Callable[[str], str]
+    """Question → text of the prompt, up to where the answer begins."""
+    bos: tuple[str, int] | None
+    """Text and id of the BOS the tokenizer would put in front; None when it puts none."""
+    stops: frozenset[int]
+    """Ids that end an answer."""
+    pad: int
+    """An id to fill up with; any will do, it is masked."""
+
+    @classmethod
+    def from_folder(cls, folder: Path, template: str | None = None) -> Chat:
+        """The chat of a model.
+
+        Args:
+            folder: tokenizer.json, tokenizer_config.json, generation_config.json, config.json, chat template.
+            template: Jinja text to use instead of the model's own.
+
+        Raises:
+            InputError: there is no usable template.
+        """
+        from tokenizers import Tokenizer
+
+        from tasks.shards import added_bos
+        from tasks.template import ChatTemplate
+
+        chat_template = ChatTemplate.from_folder(folder, text=template)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+        def render(question: str) -> str:
+            text: str = chat_template.render([{"role": "user", "content": question}], add_generation_prompt=True)
+            return text
+
+        stops = stop_ids(folder, tokenizer, chat_template.terminator)
+        return cls(tokenizer, render, added_bos(tokenizer, folder), stops, pad=min(stops, default=0))
+
+    def prompt(self, question: str) -> list[int]:
+        """Ids of the prompt of a question, with exactly one BOS where the model has one."""
+        text = self.render(question)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [self.bos[1], *ids] if self.bos and not text.startswith(self.bos[0]) else ids
+
+    def answer(self, question: str, new: Sequence[int]) -> Answer:
+        """The answer in new ids [n], which may go on behind its end."""
+        end = next((index for index, token in enumerate(new) if token in self.stops), None)
+        kept = list(new[:end])
+        return Answer(question, self.tokenizer.decode(kept, skip_special_tokens=True), end is not None, len(kept))
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer, terminator: str | None) -> frozenset[int]:
+    """Ids that end an answer: the template's terminator, and every end of sequence the model's files name."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        named = _read(folder / name).get("eos_token_id")
+        found |= set(named) if isinstance(named, list) else {named} if named is not None else set()
+    eos = _read(folder / "tokenizer_config.json").get("eos_token")
+    for token in (eos.get("content") if isinstance(eos, dict) else eos, terminator):
+        id = tokenizer.token_to_id(token) if token else None
+        found |= {id} if id is not None else set()
+    return frozenset(found)
+
+
+def answer_questions(
+    model: Any,
+    chat: Chat,
+    questions: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = BATCH,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """Answer every question greedily.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        chat: prompts and ends.
+        questions: each is a conversation of its own.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: questions per forward pass.
+        on_batch: told questions done and questions in all after each batch.
+    """
+    answers: list[Answer] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        new = generate(model, [chat.prompt(question) for question in batch], chat.stops, chat.pad, max_new_tokens)
+        answers += [chat.answer(question, ids) for question, ids in zip(batch, new, strict=True)]
+        on_batch(len(answers), len(questions))
+    return answers
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], stops: frozenset[int], pad: int, max_new_tokens: int
+) -> list[list[int]]:
+    """New ids of each prompt, [b][<= n]; behind a stop id they mean nothing.
+
+    Prompts are padded on the left, so that every answer begins at one position, and the padding is masked: padded on
+    the right, an answer would continue from padding.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)  # [b, p]
+    mask = torch.zeros(len(prompts), longest, dtype=torch.int64)  # [b, p]
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - len(ids) :] = torch.as_tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    greedy = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    # What the folder's generation_config says of sampling and penalties would fill up whatever is not set above.
+    model.generation_config = greedy
+    with torch.inference_mode():
+        whole = model.generate(
+            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+        )
+    new: list[list[int]] = whole[:, longest:].tolist()
+    return new
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values

@@ -1,0 +1,65 @@
+"""What this machine can do, without importing torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+
+from registry.errors import InputError, Problem
+
+BF16_CAPABILITY = (8, 0)  # NVIDIA Ampere, the first with bfloat16 arithmetic
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA device as the driver describes it."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_mib: int
+
+
+@cache
+def cuda_devices() -> tuple[Device, ...]:
+    """The visible CUDA devices; none where there is no driver.
+
+    Raises:
+        RuntimeError: the driver's tool is there and fails.
+    """
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    if answer.returncode != 0:
+        raise RuntimeError(f"nvidia-smi failed: {(answer.stderr or answer.stdout).strip()}")
+    return parse_devices(answer.stdout)
+
+
+def parse_devices(text: str) -> tuple[Device, ...]:
+    """The devices in nvidia-smi's answer.
+
+    >>> parse_devices("Tesla T4, 7.5, 15360")
+    (Device(name='Tesla T4', capability=(7, 5), memory_mib=15360),)
+    """
+    devices = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, capability, memory = (part.strip() for part in line.rsplit(",", 2))
+        major, _, minor = capability.partition(".")
+        devices.append(Device(name, (int(major), int(minor)), int(memory)))
+    return tuple(devices)
+
+
+def require_bf16(devices: tuple[Device, ...], where: str) -> None:
+    """Refuse `bf16: true` on a device that has no bfloat16 arithmetic. CPUs always have it, some of them slowly.
+
+    Raises:
+        InputError: naming the device and its compute capability.
+    """
+    for device in devices:
+        if device.capability < BF16_CAPABILITY:
+            found = ".".join(map(str, device.capability))
+            rule = f"bf16 is not possible on {device.name} (compute capability {found}, 8.0 is needed)"
+            raise InputError(Problem(where, rule, "Set bf16: false."))

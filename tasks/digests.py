@@ -1,0 +1,88 @@
+"""Digests of files, remembered.
+
+One decision: a sha256 is remembered by path, size, mtime and inode, and only once the file has been quiet for
+two seconds; a file written again within the clock's grain would otherwise keep its old digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+from tasks.fingerprint import fingerprint
+
+QUIET_SECONDS = 2.0
+CHUNK_BYTES = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes as 64 hex digits, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class DigestMemory:
+    """sha256 of files that are read often (source data, local models), kept in one SQLite file.
+
+    Args:
+        path: the SQLite file; made on first use. A damaged one is replaced: it holds nothing that cannot be computed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=30)
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)"
+        )
+        return connection
+
+    def sha256(self, path: Path) -> str:
+        """The file's sha256, from memory when path, size, mtime and inode are as they were.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        stat = os.stat(path)
+        stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        name = str(path.resolve())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            connection = self._connect()
+        except sqlite3.DatabaseError:
+            self.path.unlink()
+            connection = self._connect()
+        try:
+            row = connection.execute(
+                "SELECT size, mtime, inode, sha256 FROM digests WHERE path = ?", (name,)
+            ).fetchone()
+            if row and row[:3] == stamp:
+                return str(row[3])
+            digest = sha256_file(path)
+            if time.time() - stat.st_mtime > QUIET_SECONDS:
+                connection.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?)", (name, *stamp, digest))
+                connection.commit()
+            return digest
+        finally:
+            connection.close()
+
+    def files(self, folder: Path) -> dict[str, tuple[int, str]]:
+        """Relative path → (size, sha256) of every file under a folder, hidden ones left out."""
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            relative = path.relative_to(folder)
+            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                found[relative.as_posix()] = (path.stat().st_size, self.sha256(path))
+        return found
+
+
+def content_digest(files: dict[str, tuple[int, str]]) -> str:
+    """One digest for a set of files: their names and sha256."""
+    return fingerprint({name: sha for name, (_, sha) in files.items()})

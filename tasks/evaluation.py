@@ -1,0 +1,74 @@
+"""evaluate: a model + held-out shards + questions → perplexities and sample answers.
+
+One decision: data sets are known to the step by position only, so that renaming a data set measures nothing again;
+their names are put back when results are read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from registry.recipe import StageSettings
+from registry.records import EvaluationSettings
+from tasks.jsonlines import read_json_lines
+from tasks.launch import run_program
+from tasks.steps import Input, Step, Work
+from tasks.training import BASE_FILES, SHARD_FILES, keep_log
+
+VERSION = 1  # first form
+
+
+def evaluate_step(
+    stage: str, label: str, model: Input, sets: dict[str, Step], evaluation: EvaluationSettings, settings: StageSettings
+) -> Step:
+    """The step that measures a model.
+
+    Args:
+        stage, label: where it stands in the plan, and its name for people.
+        model: the weights.
+        sets: data set name → its tokenize step.
+        evaluation: questions and answer length.
+        settings: of the stage the sets belong to: template, bf16, batch size.
+    """
+    inputs = {f"set.{index}": Input(step, SHARD_FILES) for index, step in enumerate(sets.values())}
+    answers = {"max_new_tokens": evaluation.max_new_tokens, "template": settings.template}
+    return Step(
+        stage=stage,
+        name="evaluate",
+        version=VERSION,
+        label=label,
+        identity={
+            "questions": list(evaluation.questions),
+            "bf16": settings.train.bf16,
+            "sets": [str(index) for index in range(len(sets))],
+            **(answers if evaluation.questions else {}),
+        },
+        inputs={"model": Input(model.source, BASE_FILES), **inputs},
+        run="tasks.evaluation:evaluate",
+        runtime={
+            "per_device_eval_batch_size": settings.runtime.per_device_eval_batch_size,
+            "set_names": list(sets),
+        },
+        heavy=True,
+    )
+
+
+def evaluate(work: Work) -> dict[str, Any]:
+    """Launch the evaluation program."""
+    run_program("tasks.evaluate_program", work.spec(), work.folder, work.emit, work.stop)
+    keep_log(work)
+    return {}
+
+
+def read_results(artifact: Path, set_names: list[str]) -> dict[str, dict[str, Any]]:
+    """`perplexity.<set>` → value, nll, tokens, rows; sets by their present names."""
+    stored = json.loads((artifact / "results.json").read_text(encoding="utf-8"))
+    return {f"perplexity.{name}": stored[f"perplexity.{index}"] for index, name in enumerate(set_names)}
+
+
+def read_answers(artifact: Path) -> list[dict[str, Any]]:
+    """Sample answers: question, answer, stopped, tokens."""
+    path = artifact / "answers.jsonl"
+    return read_json_lines(path) if path.exists() else []

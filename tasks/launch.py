@@ -1,0 +1,179 @@
+"""Launched programs, seen from the task: start, follow, end.
+
+One decision: a program gets its own session and writes to files; the task polls. So a stop request, a deadline and
+a death are each noticed within a fraction of a second, and `finally` ends the whole tree: torchrun puts every rank in
+a session of its own, which killing one process group misses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tasks.locks import check_stop
+from tasks.program import LAUNCHER_PID, Spec
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL; below the 30 s after which Prefect kills the flow itself
+RETRIED = frozenset({"killed", "lost_port", "network"})
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class ProgramFailed(Exception):
+    """A launched program ended without success.
+
+    Args:
+        kind: what `tasks.program.classify` found, `killed` (by a signal) or `deadline`; decides about a retry.
+        message: what to tell the person.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    @property
+    def retried(self) -> bool:
+        """Whether doing the same again can help."""
+        return self.kind in RETRIED
+
+
+def command(module: str, spec: Path, processes: int = 1) -> list[str]:
+    """The command line of a program: plain Python, or torchrun on a free port when it has several processes."""
+    if processes == 1:
+        return [sys.executable, "-m", module, str(spec)]
+    torchrun = ["--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    return [sys.executable, "-m", "tasks.ranks", *torchrun, "-m", module, str(spec)]
+
+
+def run_program(
+    module: str,
+    spec: Spec,
+    folder: Path,
+    on_event: Callable[[dict[str, Any]], None],
+    stop: threading.Event | None = None,
+    processes: int = 1,
+    deadline: float | None = None,
+) -> None:
+    """Run a program to its end.
+
+    Args:
+        module: the module whose `main` reads the spec.
+        spec: what to do.
+        folder: where spec.json and program.log are written.
+        on_event: gets every event the program emits, in order.
+        stop: when set, the program is ended and `Interrupted` raised.
+        processes: ranks on this machine.
+        deadline: most seconds it may take.
+
+    Raises:
+        ProgramFailed: it failed, was killed, or took too long.
+        Interrupted: `stop` was set.
+    """
+    spec_path, log_path = folder / "spec.json", folder / "program.log"
+    spec_path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
+    for leftover in (spec.events, spec.failure):
+        Path(leftover).unlink(missing_ok=True)
+    Path(spec.events).touch()
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    environment |= {LAUNCHER_PID: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
+    with open(log_path, "ab") as log, open(spec.events, encoding="utf-8") as events:
+        child = subprocess.Popen(
+            command(module, spec_path, processes),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        tree = _Tree(child)
+        started = time.monotonic()
+        try:
+            while child.poll() is None:
+                _forward(events, on_event)
+                check_stop(stop)
+                if deadline is not None and time.monotonic() - started > deadline:
+                    raise ProgramFailed("deadline", f"{module} took more than {deadline:g} s and was ended")
+                tree.look()
+                time.sleep(POLL_SECONDS)
+            _forward(events, on_event)
+        finally:
+            tree.end()
+    if child.returncode != 0:
+        raise _failure(module, spec, child.returncode, log_path)
+
+
+class _Tree:
+    """The processes of one program, remembered while they live: an orphan has no parent to be found by."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self.child = child
+        self.seen: dict[int, psutil.Process] = {}
+        self.looked = 0.0
+
+    def look(self) -> None:
+        """Remember what is running now; at most every second."""
+        if time.monotonic() - self.looked < 1.0:
+            return
+        self.looked = time.monotonic()
+        try:
+            self.seen |= {process.pid: process for process in psutil.Process(self.child.pid).children(recursive=True)}
+        except psutil.NoSuchProcess:
+            return
+
+    def end(self) -> None:
+        """TERM to the program, a grace period, then KILL to whatever of the tree is left."""
+        self.looked = 0.0
+        self.look()
+        if self.child.poll() is None:
+            self.child.terminate()
+            try:
+                self.child.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+        left = [process for process in self.seen.values() if process.is_running()]
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(left, timeout=GRACE_SECONDS)
+
+
+def python_path() -> str:
+    """The project first, so that `-m tasks.…` finds the packages whatever the working directory is."""
+    return os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH", "")]))
+
+
+def _forward(events: Any, on_event: Callable[[dict[str, Any]], None]) -> None:
+    while True:
+        position = events.tell()
+        line = events.readline()
+        if not line.endswith("\n"):  # nothing new, or half a line: read it again when it is whole
+            events.seek(position)
+            return
+        on_event(json.loads(line))
+
+
+def _failure(module: str, spec: Spec, code: int, log_path: Path) -> ProgramFailed:
+    try:
+        cause = json.loads(Path(spec.failure).read_text(encoding="utf-8"))
+        return ProgramFailed(cause["kind"], cause["message"])
+    except FileNotFoundError:
+        tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+    if code < 0:
+        why = "for want of memory, or by hand" if code == -9 else "from outside"
+        return ProgramFailed("killed", f"{module} was ended by signal {-code} ({why}); its last lines:\n{tail}")
+    kind = "lost_port" if "EADDRINUSE" in tail or "address already in use" in tail.lower() else "unexpected"
+    return ProgramFailed(kind, f"{module} ended with exit code {code}; its last lines ({log_path}):\n{tail}")

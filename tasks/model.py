@@ -1,0 +1,48 @@
+"""model: the base model as an artifact, or a local folder as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from registry.home import Home
+from registry.models import MODELS
+from tasks.base import fetch_base, locate, locate_folder
+from tasks.steps import Input, LocalFolder, Step, Work
+
+VERSION = 1  # first form
+
+
+def base_input(model_name_or_path: str, revision: str, home: Home) -> tuple[Input, str]:
+    """What a stage starts from, and its name for people. Asks no network.
+
+    A model that has to be fetched is known by hub id and revision: once fetched it stays what it is, also when the
+    hub's branch moves on, until its artifact is removed.
+
+    Raises:
+        InputError: a folder that is not a model, or a name that can mean nothing.
+    """
+    local = locate_folder(model_name_or_path, home)
+    if local is not None and local.path is not None:
+        return Input(LocalFolder(local.path)), local.name
+    hub_id = MODELS[model_name_or_path].hub_id if model_name_or_path in MODELS else model_name_or_path
+    step = Step(
+        stage="base",
+        name="model",
+        version=VERSION,
+        label=hub_id.split("/")[-1],
+        identity={"hub_id": hub_id, "revision": revision},
+        inputs={},
+        run="tasks.model:fetch_model",
+        runtime={"model_name_or_path": model_name_or_path},
+    )
+    return Input(step), model_name_or_path
+
+
+def fetch_model(work: Work) -> dict[str, Any]:
+    """Find the model and download it; returns where it came from."""
+    located = locate(work.step.runtime["model_name_or_path"], work.identity["revision"], work.home)
+    if located.path is not None:
+        raise RuntimeError(f"{located.path} appeared while the pipeline ran; run it again")
+    source = fetch_base(located, work.output, work.scratch, work.note, work.stop)
+    work.note(f"base model from {', '.join(f'{name} {value}' for name, value in source.items() if value)}")
+    return source

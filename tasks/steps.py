@@ -1,0 +1,315 @@
+"""A step: a function of a record and of artifacts, and the rules by which it is done once.
+
+One decision: the key of a step is computed from settings and *content* digests of its inputs, and the step is
+looked up, locked, looked up again, made, and taken in, all here, without Prefect. Prefect's task around it only
+orders, retries and shows; so a run in which nothing is to do needs no server.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from registry.errors import InputError, Problem
+from registry.home import Home
+from tasks.artifacts import Artifact, Store, read_artifact, remove_folder, select
+from tasks.digests import DigestMemory, content_digest
+from tasks.fingerprint import fingerprint
+from tasks.locks import check_stop, locked
+from tasks.program import Spec
+from tasks.versions import package_versions, provenance
+
+RECORDED = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "jinja2", "pyarrow")
+RESUME_FILE = "report/resume.json"
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of the user's that serves as an input as it stands, e.g. a local base model."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a step: what another step made, or a local folder; or the part of it that matters."""
+
+    source: Step | LocalFolder
+    part: tuple[str, ...] = ("*",)
+    """Patterns of the files that count; a change elsewhere in the input leaves the key as it is."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline: what to run on what. Making one runs nothing."""
+
+    stage: str
+    """Stage it belongs to, e.g. `sft`; `base` for what belongs to the base model."""
+    name: str
+    """Name shown in plans; unique within its stage, e.g. `fetch` or `fetch:held_out`."""
+    version: int
+    """Raised when the code changes what comes out for equal settings and inputs."""
+    label: str
+    """Name for people, in front of the key in the artifact's folder."""
+    identity: dict[str, Any]
+    """Settings that change the result; plain JSON types."""
+    inputs: dict[str, Input]
+    """Input name → where it comes from."""
+    run: str
+    """`module:function`, imported when the step is made."""
+    runtime: dict[str, Any] = field(default_factory=dict)
+    """Settings that do not change the result."""
+    packages: tuple[str, ...] = ()
+    """Packages whose version changes the bytes and therefore enters the key."""
+    heavy: bool = False
+    """It takes the machine for itself; one heavy step runs at a time."""
+    strict_versions: bool = False
+    """Let the recorded package versions (torch, transformers …) enter the key as well."""
+
+    @property
+    def kind(self) -> str:
+        """What it does, without what it does it to: `fetch` of `fetch:held_out`. Folder name and part of the key."""
+        return self.name.split(":")[0]
+
+    @property
+    def title(self) -> str:
+        """`stage/name`."""
+        return f"{self.stage}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A step whose inputs are all there."""
+
+    key: str
+    paths: dict[str, Path]
+    digests: dict[str, str]
+    payload: dict[str, Any]
+    """What the key is the fingerprint of."""
+
+
+@dataclass
+class Work:
+    """What a step's function gets: its settings, its inputs, where to write, whom to tell."""
+
+    step: Step
+    inputs: dict[str, Path]
+    digests: dict[str, str]
+    output: Path
+    """Becomes the artifact."""
+    scratch: Path
+    """Survives a crash; removed with success."""
+    home: Home
+    stop: threading.Event
+    emit: Callable[[dict[str, Any]], None]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The step's settings."""
+        return self.step.identity
+
+    def note(self, text: str) -> None:
+        """Tell the person something."""
+        self.emit({"kind": "note", "text": text})
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Tell how far it is, and stop here when asked to.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        check_stop(self.stop)
+        self.emit({"kind": "progress", "step": done, "total": total, "unit": unit})
+
+    def spec(self, base_digest: bool = False) -> Spec:
+        """The spec of a program that does this step.
+
+        Args:
+            base_digest: tell the program the digest of its input `base`, which goes with what it makes.
+        """
+        folder = self.scratch.parent
+        return Spec(
+            settings=self.identity | ({"base_digest": self.digests["base"]} if base_digest else {}),
+            runtime=self.step.runtime,
+            inputs={name: str(path) for name, path in self.inputs.items()},
+            output=str(self.output),
+            scratch=str(self.scratch),
+            events=str(folder / "events.jsonl"),
+            failure=str(folder / "failure.json"),
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where spec, log and events of a program lie."""
+        return self.scratch.parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended."""
+
+    state: str
+    """`cached` or `ran`."""
+    artifact: Artifact
+    seconds: float
+    resumed_from: int | None = None
+    """Optimizer step, or finished chunks, that an interrupted attempt had reached."""
+
+
+def requirement(step: Step, name: str, store: Store, memory: DigestMemory) -> tuple[Path, str] | None:
+    """Folder and digest of one input; None while the step that makes it is not done."""
+    wanted = step.inputs[name]
+    if isinstance(wanted.source, LocalFolder):
+        files = memory.files(wanted.source.path)
+        return wanted.source.path, content_digest(select(files, wanted.part))
+    ready = prepare(wanted.source, store, memory)
+    artifact = store.find(wanted.source.kind, ready.key) if ready else None
+    return (artifact.path, artifact.part_digest(wanted.part)) if artifact else None
+
+
+def prepare(step: Step, store: Store, memory: DigestMemory) -> Ready | None:
+    """The key of a step and its inputs; None while one of its inputs is not there."""
+    found = {name: requirement(step, name, store, memory) for name in step.inputs}
+    present = {name: value for name, value in found.items() if value is not None}
+    if len(present) < len(found):
+        return None
+    digests = {name: digest for name, (_, digest) in present.items()}
+    packages = step.packages + (RECORDED if step.strict_versions else ())
+    payload = {
+        "step": step.kind,
+        "step_version": step.version,
+        "identity": step.identity,
+        "inputs": digests,
+        "packages": package_versions(sorted(set(packages))),
+    }
+    return Ready(fingerprint(payload), {name: path for name, (path, _) in present.items()}, digests, payload)
+
+
+def do(
+    step: Step, store: Store, memory: DigestMemory, stop: threading.Event, emit: Callable[[dict[str, Any]], None]
+) -> Outcome:
+    """Make a step's artifact, unless it is there.
+
+    Args:
+        step: the step; every step it depends on is done.
+        emit: gets events with a `kind`: `note`, `progress`, `metrics`.
+
+    Raises:
+        InputError, ProgramFailed, OSError: as the step's function does; nothing half-made is left as an artifact.
+        Interrupted: `stop` was set.
+    """
+    started = time.monotonic()
+    ready = prepare(step, store, memory)
+    if ready is None:
+        raise RuntimeError(f"{step.title}: an input is not there; an artifact was removed while the pipeline ran")
+    artifact = store.find(step.kind, ready.key)
+    if artifact:
+        return Outcome("cached", artifact, time.monotonic() - started)
+
+    def say(text: str) -> None:
+        emit({"kind": "note", "text": text})
+
+    with locked(store.lock_path(ready.key), stop, say):
+        artifact = store.find(step.kind, ready.key)
+        if artifact:
+            return Outcome("cached", artifact, time.monotonic() - started)
+        damaged = store.set_aside_if_damaged(step.kind, ready.key)
+        if damaged:
+            say(f"made again, because the artifact was damaged: {damaged}")
+        work = _open_work(step, store, ready, stop, emit)
+        with _slot(step, store.home, stop, say):
+            started = time.monotonic()  # waiting for others is not this step's time
+            counts = _function(step)(work)
+        artifact = _commit(step, store, ready, work, counts, time.monotonic() - started)
+        remove_folder(work.folder)
+    return Outcome("ran", artifact, time.monotonic() - started, (counts or {}).get("resumed_from"))
+
+
+def _open_work(
+    step: Step, store: Store, ready: Ready, stop: threading.Event, emit: Callable[[dict[str, Any]], None]
+) -> Work:
+    folder = store.work_folder(step.kind, ready.key)
+    remove_folder(folder / "output")
+    (folder / "output").mkdir(parents=True)
+    (folder / "scratch").mkdir(exist_ok=True)
+    return Work(step, ready.paths, ready.digests, folder / "output", folder / "scratch", store.home, stop, emit)
+
+
+def _slot(step: Step, home: Home, stop: threading.Event, say: Callable[[str], None]) -> Any:
+    from contextlib import nullcontext
+
+    return locked(home.locks / "compute-0.lock", stop, say) if step.heavy else nullcontext()
+
+
+def _function(step: Step) -> Callable[[Work], dict[str, Any] | None]:
+    module, name = step.run.split(":")
+    function: Callable[[Work], dict[str, Any] | None] = getattr(import_module(module), name)
+    return function
+
+
+def _commit(
+    step: Step, store: Store, ready: Ready, work: Work, counts: dict[str, Any] | None, seconds: float
+) -> Artifact:
+    origins = {name: _origin(path) for name, path in ready.paths.items()}
+    manifest = {
+        "key": ready.key,
+        "step": step.kind,
+        "stage": step.stage,
+        "label": step.label,
+        **{name: ready.payload[name] for name in ("step_version", "identity", "packages")},
+        "inputs": {name: {"digest": ready.digests[name], **origins[name]} for name in sorted(ready.digests)},
+        "recorded_packages": package_versions(RECORDED),
+        "counts": counts or {},
+        "seconds": round(seconds, 3),
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        **provenance(),
+    }
+    return store.commit(step.kind, step.label, manifest, work.output)
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    """Where an input came from, for people: artifact folder and key, or the local folder."""
+    artifact = read_artifact(path)
+    if artifact is None:
+        return {"folder": str(path)}
+    return {"artifact": f"{artifact.step}/{path.name}", "key": artifact.key}
+
+
+def version_drift(artifact: Artifact) -> list[str]:
+    """Package versions that differ from those an artifact was made with, e.g. `torch 2.12.0 → 2.13.0`."""
+    made_with: dict[str, str] = artifact.manifest.get("recorded_packages", {})
+    now = package_versions(made_with)
+    return [f"{name} {made_with[name]} → {now[name]}" for name in sorted(now) if made_with[name] != now[name]]
+
+
+def upstream(steps: list[Step]) -> Iterator[Step]:
+    """Every step needed for the given ones, inputs first, each once."""
+    seen: set[int] = set()
+
+    def visit(step: Step) -> Iterator[Step]:
+        if id(step) in seen:
+            return
+        seen.add(id(step))
+        for wanted in step.inputs.values():
+            if isinstance(wanted.source, Step):
+                yield from visit(wanted.source)
+        yield step
+
+    for step in steps:
+        yield from visit(step)
+
+
+def require_folder(path: Path, where: str) -> None:
+    """Refuse an input folder that is not there.
+
+    Raises:
+        InputError: naming the key of the recipe.
+    """
+    if not path.is_dir():
+        raise InputError(Problem(where, f"{path} is not a folder", "Check the path."))

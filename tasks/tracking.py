@@ -1,0 +1,249 @@
+"""MLflow: one tree per pipeline run.
+
+One decision: the flow process owns every run, opening and closing it, and forwards what programs report; programs never
+import MLflow. So no run is left open by a killed program, a metric has one value per step also after a resume, and
+trouble with the tracking server is said once and never fails or changes training.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from registry.home import Home
+from tasks.artifacts import Artifact
+
+EXPERIMENT = "llamatuner"
+LONGEST_PARAM = 500  # characters; the whole settings are kept as an artifact
+
+
+def tracking_uri(home: Home) -> str:
+    """Where MLflow keeps runs: MLFLOW_TRACKING_URI, or SQLite under the home."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.mlflow / 'mlflow.db'}"
+
+
+class Tracker:
+    """The MLflow side of one pipeline run.
+
+    Args:
+        home: where MLflow's own files go when no server is set.
+        say: told once when tracking does not work.
+    """
+
+    def __init__(self, home: Home, say: Callable[[str], None]) -> None:
+        self._home, self._say, self._lock = home, say, threading.RLock()
+        self._client: Any = None
+        self._experiment = ""
+        self._dead = False
+        self._steps: dict[str, int] = {}
+        self._open: list[str] = []
+        self.run_id: str | None = None
+
+    def _try(self, action: Callable[[Any], Any]) -> Any:
+        """Do something with the client; the first failure is said, and tracking ends there."""
+        with self._lock:
+            if self._dead:
+                return None
+            try:
+                return action(self._connect())
+            except Exception as error:  # noqa: BLE001 - whatever MLflow or its server raises must not end training
+                self._dead = True
+                self._say(f"MLflow tracking stopped: {type(error).__name__}: {error}. The run itself goes on.")
+                return None
+
+    def _connect(self) -> Any:
+        if self._client is None:
+            os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            from mlflow.tracking import MlflowClient
+
+            uri = tracking_uri(self._home)
+            # without a location, artifacts go to ./mlruns of whoever came first
+            location = (self._home.mlflow / "artifacts").as_uri() if uri.startswith("sqlite:") else None
+            if location:
+                self._home.mlflow.mkdir(parents=True, exist_ok=True)
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found and location and found.artifact_location != location:
+                follow_moved_home(self._home.mlflow / "mlflow.db", found.artifact_location, location)
+            self._experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, location)
+            self._client = client
+        return self._client
+
+    def start(self, name: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) -> None:
+        """Open the pipeline's run and keep its recipe."""
+        self.run_id = self._open_run(name, dict(tags), None)
+        self.dictionary(self.run_id, recipe, "recipe.yaml")
+
+    def open(self, name: str, parent: str | None, tags: Mapping[str, str]) -> str | None:
+        """Open a child run; its id, or None when tracking does not work."""
+        return self._open_run(name, dict(tags), parent)
+
+    def _open_run(self, name: str, tags: dict[str, str], parent: str | None) -> str | None:
+        def action(client: Any) -> str:
+            labels = tags | ({"mlflow.parentRunId": parent} if parent else {})
+            run: str = client.create_run(self._experiment, run_name=name, tags=labels).info.run_id
+            self._open.append(run)
+            return run
+
+        with self._lock:
+            found: str | None = self._try(action)
+            return found
+
+    def close(self, run_id: str | None, status: str) -> None:
+        """End a run as FINISHED, FAILED or KILLED."""
+        if run_id in self._open:
+            self._try(lambda client: client.set_terminated(run_id, status))
+            self._open.remove(run_id)
+
+    def close_all(self, status: str) -> None:
+        """End whatever is open, children first."""
+        for run_id in reversed(list(self._open)):
+            self.close(run_id, status)
+
+    def params(self, run_id: str | None, values: Mapping[str, Any]) -> None:
+        """Short params, each once."""
+        if run_id and values:
+            from mlflow.entities import Param
+
+            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in values.items()]
+            self._try(lambda client: client.log_batch(run_id, params=params))
+
+    def metrics(self, run_id: str | None, values: Mapping[str, float], step: int = 0) -> None:
+        """One point of each metric; a step already logged to this run is not logged again."""
+        if run_id is None or step <= self._steps.get(run_id, -1):
+            return
+        self._steps[run_id] = step
+        self._log(run_id, values, step)
+
+    def results(self, run_id: str | None, values: Mapping[str, float]) -> None:
+        """Final values, at step 0."""
+        if run_id and values:
+            self._log(run_id, values, 0)
+
+    def _log(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._try(lambda client: client.log_batch(run_id, metrics=metrics))
+
+    def tags(self, run_id: str | None, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        if run_id and values:
+            from mlflow.entities import RunTag
+
+            labels = [RunTag(name, value) for name, value in values.items()]
+            self._try(lambda client: client.log_batch(run_id, tags=labels))
+
+    def dictionary(self, run_id: str | None, value: Mapping[str, Any], file: str) -> None:
+        """Keep a mapping as a YAML or JSON artifact."""
+        if run_id:
+            self._try(lambda client: client.log_dict(run_id, dict(value), file))
+
+    def file(self, run_id: str | None, path: Path, folder: str | None = None) -> None:
+        """Keep a file as an artifact."""
+        if run_id and path.is_file():
+            self._try(lambda client: client.log_artifact(run_id, str(path), folder))
+
+    def inputs(self, run_id: str | None, datasets: Mapping[str, tuple[str, str]], context: str) -> None:
+        """Data set name → (where it is from, digest), as inputs of a run."""
+        if run_id is None:
+            return
+
+        def action(client: Any) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            entries = [
+                DatasetInput(
+                    Dataset(name=name, digest=digest[:36], source_type="local", source=source),
+                    [InputTag("mlflow.data.context", context)],
+                )
+                for name, (source, digest) in datasets.items()
+            ]
+            client.log_inputs(run_id, entries)
+
+        self._try(action)
+
+    def register(self, run_id: str | None, name: str, model: Artifact, params: Mapping[str, Any]) -> str | None:
+        """Register a model by reference: its folder and digest, no copy.
+
+        Returns:
+            `name/version`, the version there already when this digest is registered; None when tracking is down.
+        """
+        if run_id is None:
+            return None
+
+        def action(client: Any) -> str:
+            import mlflow
+            from mlflow.exceptions import MlflowException
+
+            try:
+                client.get_registered_model(name)
+                for version in client.search_model_versions(f"name='{name}'"):
+                    if version.tags.get("llamatuner.digest") == model.digest:
+                        return f"{name}/{version.version}"
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                client.create_registered_model(name)
+            mlflow.set_tracking_uri(tracking_uri(self._home))
+            tags = {
+                "llamatuner.digest": model.digest,
+                "llamatuner.key": model.key,
+                "llamatuner.artifact": f"{model.step}/{model.path.name}",
+            }
+            logged = mlflow.create_external_model(
+                name=name,
+                source_run_id=run_id,
+                experiment_id=self._experiment,
+                params={k: str(v) for k, v in params.items()},
+                tags=tags,
+                model_type="causal-lm",
+            )
+            version = client.create_model_version(
+                name, f"models:/{logged.model_id}", run_id, tags=tags, model_id=logged.model_id
+            )
+            return f"{name}/{version.version}"
+
+        found: str | None = self._try(action)
+        return found
+
+
+def follow_moved_home(database: Path, before: str, after: str) -> None:
+    """Point an embedded MLflow database to where its artifacts are now.
+
+    MLflow stores absolute addresses and has no command to change them; without this a moved home would go on writing to
+    its old place.
+    """
+    with sqlite3.connect(database, timeout=30) as connection:
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("logged_models", "artifact_location"),
+        ):
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (after, len(before) + 1, len(before), before),
+            )
+    connection.close()
+
+
+def end_dead_run(home: Home, run_id: str, status: str) -> None:
+    """Close the pipeline run of a process that died without a word, and its open children."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri(home))
+    experiment = client.get_run(run_id).info.experiment_id
+    nested = client.search_runs([experiment], f"tags.`llamatuner.pipeline_run` = '{run_id}' and status = 'RUNNING'")
+    for child in nested:
+        client.set_terminated(child.info.run_id, status)
+    client.set_terminated(run_id, status)

@@ -1,0 +1,1 @@
+"""Training: the programs that move weights."""

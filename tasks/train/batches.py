@@ -1,0 +1,230 @@
+"""From tokenized shards to batches.
+
+One decision: an epoch is cut into global batches of rows first, and only then dealt out to processes and
+micro-batches. So the rows of a step do not depend on how the step is split, and the last, shorter step of an epoch
+repeats nobody (a sampler sharded per process fills up with rows from the beginning).
+
+Legend: b batch, s sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tasks.program import ProgramError
+
+IGNORED = -100  # label of a position that is not trained, as in torch's cross entropy
+FILLER = -1  # index of the row that keeps a process busy when a step has fewer rows than micro-batches
+NO_ROWS = "there are no rows to train on; the report of the tokenize step says what was left out and why"
+COLUMNS = ("input_ids", "labels", "seq_lengths")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a run, and which row goes where.
+
+    >>> BatchPlan(rows=10, per_device=1, accumulation=2, processes=2, seed=0).steps_per_epoch()
+    3
+    """
+
+    rows: int
+    """Sequences in the shards."""
+    per_device: int
+    """Sequences per process in one forward pass."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+    processes: int
+    """Training processes."""
+    seed: int
+    """Seed of the order."""
+
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.per_device * self.accumulation * self.processes
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows; the last one may be short."""
+        return math.ceil(self.rows / self.global_batch())
+
+    def total_steps(self, max_steps: int | None, epochs: float | None) -> int:
+        """Optimizer steps of the run: `max_steps`, or what `epochs` passes need, rounded up."""
+        return max_steps if max_steps is not None else math.ceil((epochs or 0.0) * self.steps_per_epoch())
+
+    def sentence(self, total: int) -> str:
+        """The arithmetic, said once at the start."""
+        one = "process" if self.processes == 1 else "processes"
+        return (
+            f"{self.per_device} per device x {self.accumulation} accumulation x {self.processes} {one} = "
+            f"{self.global_batch()} sequences per step; {self.rows} sequences, "
+            f"{self.steps_per_epoch()} steps per epoch; total {total} steps"
+        )
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of one epoch in the order they are trained on."""
+        return [int(row) for row in numpy.random.default_rng([self.seed, epoch]).permutation(self.rows)]
+
+    def micro_batches(self, epoch: int, process: int) -> Iterator[list[int]]:
+        """The rows of each forward pass of one process.
+
+        Five rows, 1 per device, accumulation 2, 1 process, order 3 0 4 1 2: `[3] [0]`, `[4] [1]`, `[2] [FILLER]`.
+        """
+        order = self.order(epoch)
+        for start in range(0, self.rows, self.global_batch()):
+            step = order[start : start + self.global_batch()]
+            for number in range(process, self.accumulation * self.processes, self.processes):
+                yield step[number * self.per_device : (number + 1) * self.per_device] or [FILLER]
+
+
+class MicroBatchSampler:
+    """The batch sampler of one process; `set_epoch` chooses the order."""
+
+    def __init__(self, plan: BatchPlan, process: int) -> None:
+        self.plan = plan
+        self.process = process
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of this epoch, counted from 0, at the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.plan.micro_batches(self.epoch, self.process)
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch() * self.plan.accumulation
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """The rows of a shard folder, checked as they are read.
+
+    Args:
+        folder: what `datasets.load_from_disk` opens: `input_ids list<int32>`, `labels list<int32>` and
+            `seq_lengths list<int32>`, the lengths of the rows packed into the sequence.
+        vocabulary: number of token ids of the model.
+
+    Raises:
+        ProgramError: `bad_setting` when there are no rows, a column is missing, or a row does not fit the model.
+    """
+
+    def __init__(self, folder: str, vocabulary: int) -> None:
+        from datasets import load_from_disk
+
+        # An empty data set is saved without any file, and `datasets` fails to load what it saved.
+        if not json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+            raise ProgramError("bad_setting", NO_ROWS)
+        data = load_from_disk(folder)
+        missing = [column for column in COLUMNS if column not in data.column_names]
+        if missing:
+            raise ProgramError("bad_setting", f"shards lack the columns {missing}; they have {data.column_names}")
+        if len(data) == 0:
+            raise ProgramError("bad_setting", NO_ROWS)
+        self.data = data.select_columns(list(COLUMNS)).with_format("numpy")
+        self.vocabulary = vocabulary
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == FILLER:
+            return {"row": FILLER, "input_ids": [0], "labels": [IGNORED], "seq_lengths": [1]}
+        row = {name: numpy.asarray(value, dtype=numpy.int64) for name, value in self.data[index].items()}
+        length = len(row["input_ids"])
+        if length == 0 or len(row["labels"]) != length or int(row["seq_lengths"].sum()) != length:
+            raise ProgramError(
+                "bad_setting",
+                f"row {index} has {length} tokens, {len(row['labels'])} labels and packed lengths "
+                f"{row['seq_lengths'].tolist()}: the three must agree. Delete the tokenize artifact and run again.",
+            )
+        highest = int(max(row["input_ids"].max(), row["labels"].max()))
+        if highest >= self.vocabulary:
+            raise ProgramError(
+                "bad_setting",
+                f"row {index} holds token id {highest}, the model has {self.vocabulary}: "
+                "the shards were made with another tokenizer",
+            )
+        return row | {"row": index}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: what the model gets, and what was in it."""
+
+    inputs: dict[str, Any]
+    """Arguments of the model's forward, `labels` included."""
+    tokens: int
+    """Tokens of real rows, pads not counted."""
+
+
+def collate(rows: list[dict[str, Any]], packing: bool) -> Batch:
+    """Put rows side by side, padded on the right.
+
+    The label of a row's first token is always `IGNORED`: nothing before it in the same row predicts it. Pads are known
+    by position, never by token id, so a pad token that equals the end token does no harm.
+
+    Rows `[5 6 7]` and `[8 9]`, all labels trained, not packed::
+
+        input_ids       5    6    7        8    9    0
+        labels       -100    6    7     -100    9 -100
+        attention_mask  1    1    1        1    1    0
+
+    The same two rows packed into one sequence (`seq_lengths [3, 2]`), next to a pack of `[4 3]` alone::
+
+        input_ids       5    6    7    8    9        4    3    0    0    0
+        labels       -100    6    7 -100    9     -100    3 -100 -100 -100
+        position_ids    0    1    2    0    1        0    1    0    1    2
+
+    A packed batch has no attention mask and makes no cache: either would switch off the model's own separation of
+    rows, in silence. The pads of a shorter pack are one more row that nothing is trained on.
+
+    Args:
+        rows: `input_ids`, `labels`, `seq_lengths` of equal total length each, and `row`.
+        packing: rows hold several rows.
+
+    Returns:
+        `input_ids`, `labels` and `attention_mask` or `position_ids`, each (b, s) int64; `use_cache` False.
+    """
+    size = (len(rows), max(len(row["input_ids"]) for row in rows))
+    ids, labels = torch.zeros(size, dtype=torch.int64), torch.full(size, IGNORED, dtype=torch.int64)
+    positions, mask = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    for at, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[at, :length] = torch.as_tensor(row["input_ids"])
+        labels[at, :length] = torch.as_tensor(row["labels"])
+        mask[at, :length] = 1
+        start = 0
+        for part in [*(int(part) for part in row["seq_lengths"]), size[1] - length]:
+            labels[at, start : start + 1] = IGNORED
+            positions[at, start : start + part] = torch.arange(part)
+            start += part
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
+    inputs |= {"position_ids": positions} if packing else {"attention_mask": mask}
+    return Batch(inputs, sum(len(row["input_ids"]) for row in rows if row.get("row") != FILLER))
+
+
+class _Collate:
+    """`collate` with its second argument filled in, so that worker processes can get it."""
+
+    def __init__(self, packing: bool) -> None:
+        self.packing = packing
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        return collate(rows, self.packing)
+
+
+def make_loader(rows: Rows, sampler: MicroBatchSampler, packing: bool) -> DataLoader[Any]:
+    """The loader of one process. It draws from a generator of its own, never from the global one dropout uses."""
+    return DataLoader(
+        rows,
+        batch_sampler=sampler,
+        collate_fn=_Collate(packing),
+        generator=torch.Generator(),
+    )

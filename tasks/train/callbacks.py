@@ -1,0 +1,167 @@
+"""What happens beside the steps: events, the record of every step, the end on a number that is none, markers.
+
+One decision: every step is recorded, whatever the logging interval. The interval is runtime, and what is written
+to the artifact must not depend on it; the report shows every n-th of the recorded lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tasks.program import Events, ProgramError
+from tasks.train.batches import BatchPlan, MicroBatchSampler
+from tasks.train.checkpoints import mark_whole, rotate, sync
+from tasks.train.trainer import StepCounts
+
+SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch")
+
+
+class StepLines:
+    """One JSON line per optimizer step, in a file that survives a kill.
+
+    `tokens` and `trained_tokens` count from the beginning of the run; `loss` is that step's own, per trained token.
+
+    Args:
+        path: the file; None on processes other than the first, which record nothing.
+        step: the step of the checkpoint that is resumed from; lines behind it are dropped, as they will be made again.
+
+    Raises:
+        ProgramError: `unexpected` when lines before that step are missing.
+    """
+
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        if path is None:
+            return
+        if step:
+            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:step]]
+            if [line["step"] for line in self.lines] != list(range(1, step + 1)):
+                raise ProgramError("unexpected", f"{path.name} does not hold the steps 1 to {step} of the checkpoint")
+        temporary = path.with_suffix(".new")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        temporary.rename(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        self.lines.append(line)
+        if self.path is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Make the lines as durable as the checkpoint that relies on them."""
+        if self.path is not None:
+            sync(self.path)
+
+
+def logged(lines: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
+    """Every n-th line and the last, with the mean loss of the steps since the line before.
+
+    >>> logged([{"step": n, "loss": float(n)} for n in (1, 2, 3)], every=2)
+    [{'step': 2, 'loss': 1.5}, {'step': 3, 'loss': 3.0}]
+    """
+    ends = [end for end in range(1, len(lines) + 1) if end % every == 0 or end == len(lines)]
+    starts = [0, *ends[:-1]]
+    return [
+        lines[end - 1] | {"loss": math.fsum(line["loss"] for line in lines[start:end]) / (end - start)}
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+class StepWatcher(TrainerCallback):
+    """Records every step, tells the task about it, and ends the run on a loss or gradient that is not finite."""
+
+    def __init__(
+        self, events: Events, lines: StepLines, counts: StepCounts, sampler: MicroBatchSampler, every: int
+    ) -> None:
+        self.events, self.lines, self.counts, self.sampler, self.every = events, lines, counts, sampler, every
+        self.clock = time.perf_counter()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Choose the order of the epoch that begins, or that a resumed run is in."""
+        plan: BatchPlan = self.sampler.plan
+        self.sampler.set_epoch(state.global_step // plan.steps_per_epoch())
+        self.clock = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Called after every step, before a checkpoint is saved: a step that is not finite is never saved."""
+        state.log_history.clear()  # our lines are the record; this copy would go into every checkpoint
+        if not logs or "loss" not in logs:
+            return
+        require_finite_step(state.global_step, logs)
+        if args.process_index > 0:
+            return
+        now = time.perf_counter()
+        before = self.lines.lines[-1] if self.lines.lines else {"tokens": 0, "trained_tokens": 0}
+        line = {
+            "step": state.global_step,
+            "epoch": logs["epoch"],
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "tokens": before["tokens"] + self.counts.tokens,
+            "trained_tokens": before["trained_tokens"] + self.counts.trained,
+            "tokens_per_second": round(self.counts.tokens / max(now - self.clock, 1e-9), 2),
+        }
+        self.clock = now
+        self.lines.add(line)
+        shown = {name: line[name] for name in ("step", "loss", "tokens_per_second", "learning_rate")}
+        self.events.emit("progress", total=state.max_steps, **shown)
+        step = state.global_step
+        if step % self.every == 0 or step == state.max_steps:
+            last = logged(self.lines.lines[(step - 1) // self.every * self.every :], self.every)[-1]
+            self.events.emit("metrics", step=step, values={name: last[name] for name in SHOWN})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The time a checkpoint took is not the next step's."""
+        self.clock = time.perf_counter()
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Marks a checkpoint whole when every process has written its part, then lets older ones go."""
+
+    def __init__(self, root: Path, keep: int, lines: StepLines) -> None:
+        self.root, self.keep, self.lines = root, keep, lines
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called after Trainer has written `checkpoint-N`."""
+        if args.world_size > 1:
+            import torch.distributed
+
+            torch.distributed.barrier()
+        if args.should_save:
+            self.lines.sync()
+            mark_whole(self.root / f"checkpoint-{state.global_step}", args.world_size)
+            rotate(self.root, self.keep, args.world_size)
+
+
+def require_finite_step(step: int, logs: dict[str, float]) -> None:
+    """End the run when a step's loss or gradient norm is not a number; the same on every process.
+
+    Raises:
+        ProgramError: `not_finite`.
+    """
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        if not math.isfinite(logs[name]):
+            raise ProgramError(
+                "not_finite",
+                f"{words} is not finite at step {step}: {logs[name]} at learning rate "
+                f"{logs['learning_rate']:g}. Lower learning_rate, raise warmup_ratio or lower max_grad_norm; "
+                "if it happens at the first step, look at the rows.",
+            )

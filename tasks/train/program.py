@@ -1,0 +1,193 @@
+"""The program that trains: reads a spec, moves weights, writes the artifact.
+
+One decision: heavy libraries are imported after the first event, so that whoever watches sees within a fraction of a
+second that something has begun.
+
+Run as `python -m tasks.train.program SPEC.json`, or on several processes with `torchrun … -m tasks.train.program`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.program import Events, ProgramError, Spec, main
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from tasks.train.batches import BatchPlan
+
+STAGES = ("sft",)
+METHODS = ("lora", "full")
+LINES = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def work(spec: Spec, events: Events) -> None:
+    """Train what the spec says.
+
+    Raises:
+        ProgramError: `bad_setting` for what cannot be trained, `not_finite` for a run that fell apart.
+    """
+    settings = spec.settings["train"]
+    for name, known in (("stage", STAGES), ("finetuning_type", METHODS)):
+        if settings[name] not in known:
+            raise ProgramError("bad_setting", f"{name} {settings[name]} is not one of {', '.join(known)}")
+    events.emit("note", text="loading libraries")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
+    _determinism(settings["seed"])
+    from tasks.train.batches import Rows
+    from tasks.train.model import build_model, require_separation
+    from tasks.train.trainer import TokenTrainer
+
+    events.emit("note", text="loading model")
+    model = build_model(settings, spec.inputs["base"], spec.settings["base_digest"], spec.inputs.get("adapter"))
+    rows = Rows(spec.inputs["shards"], model.get_input_embeddings().num_embeddings)
+    if spec.settings["packing"]:
+        require_separation(model)
+    plan = _plan(settings, len(rows))
+    total = plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
+    use_cache = model.config.use_cache
+    trainer = TokenTrainer(model, _arguments(spec, total), rows, plan, spec.settings["packing"])
+    if trainer.args.process_index == 0:
+        print(plan.sentence(total), flush=True)
+    events.emit("note", text=plan.sentence(total))
+    lines, resumed_from = _train(trainer, spec, events, total)
+    if trainer.args.process_index == 0:
+        model.config.use_cache = use_cache
+        _write(trainer.model, spec, lines, plan, resumed_from)
+    if trainer.args.world_size > 1:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
+
+
+def warmup_steps(total: int, ratio: float) -> int:
+    """Optimizer steps over which the learning rate rises, rounded up.
+
+    >>> warmup_steps(10, 0.03)
+    1
+    """
+    return math.ceil(total * ratio)
+
+
+def _determinism(seed: int) -> None:
+    import torch
+    from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    set_seed(seed)
+    # Only warns where no deterministic kernel exists; filling fresh memory is a debugging aid that costs time.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _plan(settings: dict[str, Any], rows: int) -> BatchPlan:
+    from tasks.train.batches import BatchPlan
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != settings["nproc_per_node"]:
+        raise ProgramError(
+            "bad_setting", f"nproc_per_node is {settings['nproc_per_node']}, the program was started {processes} times"
+        )
+    return BatchPlan(
+        rows=rows,
+        per_device=settings["per_device_train_batch_size"],
+        accumulation=settings["gradient_accumulation_steps"],
+        processes=processes,
+        seed=settings["seed"],
+    )
+
+
+def _arguments(spec: Spec, total: int) -> TrainingArguments:
+    """Trainer's arguments: its own logging, saving of extras, progress bars and reporting are off."""
+    import torch
+    from transformers import TrainingArguments
+
+    settings, cpu = spec.settings["train"], not torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(Path(spec.scratch) / CHECKPOINTS),
+        per_device_train_batch_size=settings["per_device_train_batch_size"],
+        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+        learning_rate=settings["learning_rate"],
+        max_steps=total,
+        lr_scheduler_type=settings["lr_scheduler_type"],
+        warmup_steps=warmup_steps(total, settings.get("warmup_ratio", 0.0)),
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["max_grad_norm"],
+        seed=settings["seed"],
+        bf16=settings["bf16"],
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=spec.runtime["save_steps"],
+        save_total_limit=None,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if cpu and settings["nproc_per_node"] > 1 else None,
+        use_cpu=cpu,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one GPU; Trainer would wrap more in DataParallel
+    return arguments
+
+
+def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[dict[str, Any]], int]:
+    """Make the steps that are not made yet; the line of every step, and the step resumed from (0: none)."""
+    from transformers import PrinterCallback
+
+    from tasks.train.callbacks import CheckpointKeeper, StepLines, StepWatcher
+    from tasks.train.checkpoints import newest_whole, remove_damaged, step_of
+
+    root, processes = Path(spec.scratch) / CHECKPOINTS, trainer.args.world_size
+    first = trainer.args.process_index == 0
+    if first:
+        for reason in remove_damaged(root, processes):
+            events.emit("note", text=reason)
+    checkpoint = newest_whole(root, processes)
+    step = (step_of(checkpoint) or 0) if checkpoint else 0
+    if step:
+        events.emit("note", text=f"resumed from step {step}")
+    lines = StepLines(Path(spec.scratch) / LINES if first else None, step)
+    watcher = StepWatcher(events, lines, trainer.counts, trainer.sampler, spec.runtime["logging_steps"])
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines))
+    trainer.add_callback(watcher)
+    if step == total:
+        # Trainer would make one step too many: it only looks whether it is done after a step.
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return lines.lines, step
+
+
+def _write(model: Any, spec: Spec, lines: list[dict[str, Any]], plan: BatchPlan, resumed_from: int) -> None:
+    from tasks.train.callbacks import logged
+    from tasks.train.curve import draw_curve
+    from tasks.train.output import summary, write_artifact, write_json
+
+    output, report = Path(spec.output), Path(spec.output) / "report"
+    write_artifact(
+        model,
+        output,
+        Path(spec.inputs["base"]),
+        spec.runtime.get("base_name", ""),
+        spec.settings["base_digest"],
+        summary(lines, plan.steps_per_epoch()),
+    )
+    report.mkdir(parents=True, exist_ok=True)
+    shown = logged(lines, spec.runtime["logging_steps"])
+    (report / LINES).write_text("".join(json.dumps(line) + "\n" for line in shown), encoding="utf-8")
+    draw_curve(shown, report / "loss.png", title=spec.runtime.get("base_name", ""))
+    if resumed_from:
+        write_json(report / "resume.json", {"resumed_from": resumed_from})
+
+
+if __name__ == "__main__":
+    main(work)

@@ -1,0 +1,97 @@
+"""train and merge: shards + base → adapter or weights, and adapter + base → weights.
+
+One decision: both are launched programs; here is only what goes into their keys and how their end is read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from registry.recipe import StageSettings
+from tasks.launch import run_program
+from tasks.steps import RESUME_FILE, Input, Step, Work
+
+TRAIN_VERSION = 1  # first form
+MERGE_VERSION = 1  # first form
+BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "vocab*", "merges*", "tokenizer*")
+SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
+
+
+def train_step(
+    label: str, base: Input, base_name: str, shards: Step, adapter: Input | None, settings: StageSettings
+) -> Step:
+    """The step that trains.
+
+    Args:
+        label: its name for people.
+        base: the model to start from.
+        base_name: the base's registry name, hub id or folder name, for the adapter's card.
+        shards: the tokenize step of the training rows.
+        adapter: a LoRA adapter to continue from.
+        settings: of the stage.
+    """
+    inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
+    return Step(
+        stage=settings.name,
+        name="train",
+        version=TRAIN_VERSION,
+        label=label,
+        identity={
+            "train": settings.train.identity(),
+            "packing": shards.identity["packing"],
+            "template": settings.template,
+        },
+        inputs=inputs | ({"adapter": adapter} if adapter else {}),
+        run="tasks.training:train",
+        runtime=settings.runtime.model_dump(include={"logging_steps", "save_steps", "save_total_limit"})
+        | {"base_name": base_name},
+        heavy=True,
+    )
+
+
+def train(work: Work) -> dict[str, Any]:
+    """Launch the training program; the template the rows were rendered with goes with what it makes."""
+    processes = work.identity["train"]["nproc_per_node"]
+    spec = work.spec(base_digest=True)
+    run_program("tasks.train.program", spec, work.folder, work.emit, work.stop, processes=processes)
+    if work.identity["template"] is not None:
+        (work.output / "chat_template.jinja").write_text(work.identity["template"], encoding="utf-8")
+    resume = work.output / RESUME_FILE
+    resumed = json.loads(resume.read_text(encoding="utf-8"))["resumed_from"] if resume.exists() else None
+    keep_log(work)
+    return _read(work.output / "train.json") | {"resumed_from": resumed}
+
+
+def merge_step(stage: str, label: str, base: Input, trained: Step) -> Step:
+    """The step that merges an adapter into its base."""
+    return Step(
+        stage=stage,
+        name="merge",
+        version=MERGE_VERSION,
+        label=label,
+        identity={},
+        inputs={"base": Input(base.source, BASE_FILES), "adapter": Input(trained)},
+        run="tasks.training:merge",
+        heavy=True,
+    )
+
+
+def merge(work: Work) -> dict[str, Any]:
+    """Launch the merge program."""
+    run_program("tasks.merge_program", work.spec(base_digest=True), work.folder, work.emit, work.stop)
+    keep_log(work)
+    return _read(work.output / "merge.json")
+
+
+def keep_log(work: Work) -> None:
+    """Keep the program's log with the artifact."""
+    report = work.output / "report"
+    report.mkdir(exist_ok=True)
+    (report / "program.log").write_bytes((work.folder / "program.log").read_bytes())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values

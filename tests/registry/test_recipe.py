@@ -1,0 +1,157 @@
+"""A recipe is read whole or refused whole, and every error says value, rule and cure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry.errors import InputError
+from registry.loading import load_recipe, override
+from registry.recipe import FIELDS, Recipe
+from registry.recipes import RECIPES
+from registry.records import EvaluationSettings, TrainSettings
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "hi", "output": "ok"}) + "\n")
+    return path
+
+
+def recipe(data: Path, **stage: Any) -> dict[str, Any]:
+    return {
+        "name": "toy",
+        "model_name_or_path": "smollm2-135m-instruct",
+        "stages": {"sft": {"stage": "sft", "dataset": str(data), **stage}},
+    }
+
+
+def problems(raw: Any, overrides: list[str] | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        load_recipe(raw, overrides or [])
+    return str(caught.value)
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    found = [load_recipe(name) for name in RECIPES]
+    assert [r.name for r in found] == ["demo"]
+
+
+def test_all_errors_of_a_recipe_come_at_once_each_with_its_place(data: Path) -> None:
+    raw = recipe(data, lerning_rate=1, max_steps=0, lora_rank="x", template="chatmll", finetuning_type="lorra")
+    raw["stages"]["sft"]["dataset"] = "assistnt"
+    text = problems(raw)
+    assert "6 problems" in text
+    assert "stages.sft.lerning_rate: unknown key. Did you mean learning_rate?" in text
+    assert "stages.sft.max_steps: 0 should be greater than or equal to 1" in text
+    assert "stages.sft.lora_rank: 'x' should be a valid integer" in text
+    assert (
+        "stages.sft.dataset: 'assistnt' is not a known data set and no such file exists. Did you mean assistant" in text
+    )
+    assert "stages.sft.template: 'chatmll' is not a known template. Did you mean chatml?" in text
+    assert "stages.sft.finetuning_type: 'lorra' is not a known finetuning_type. Did you mean lora?" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", 1.5), ("bf16", "yes"), ("learning_rate", "fast"), ("lora_rank", True), ("packing", 1), ("dataset", 3)],
+)
+def test_a_wrong_type_is_refused_and_not_converted(data: Path, field: str, value: Any) -> None:
+    assert f"stages.sft.{field}" in problems(recipe(data, **{field: value}))
+
+
+def test_top_level_settings_are_the_defaults_of_stages(data: Path) -> None:
+    raw = recipe(data) | {"learning_rate": 3e-4, "seed": 1}
+    raw["stages"]["sft"]["seed"] = 2
+    train = load_recipe(raw).stages[0].train
+    assert (train.learning_rate, train.seed) == (3e-4, 2)
+
+
+def test_a_flat_config_of_one_stage_is_a_recipe(data: Path) -> None:
+    flat = {"stage": "sft", "model_name_or_path": "smollm2-135m-instruct", "dataset": str(data), "lora_rank": 4}
+    stage = load_recipe(flat).stages[0]
+    assert (stage.name, stage.train.lora_rank) == ("sft", 4)
+
+
+def test_yaml_and_json_mean_the_same(tmp_path: Path, data: Path) -> None:
+    raw = recipe(data, learning_rate=2e-4)
+    (tmp_path / "r.json").write_text(json.dumps(raw))
+    (tmp_path / "r.yaml").write_text(
+        "name: toy\nmodel_name_or_path: smollm2-135m-instruct\n"
+        f"stages:\n  sft: {{stage: sft, dataset: {data}, learning_rate: 2e-4}}\n"
+    )
+    first, second = (load_recipe(str(tmp_path / name)) for name in ("r.json", "r.yaml"))
+    assert first.stages == second.stages
+
+
+def test_overrides_are_typed_as_in_the_file(data: Path) -> None:
+    stage = load_recipe(
+        recipe(data), ["stages.sft.learning_rate=1e-3", "stages.sft.lora_target=[q_proj]", "seed=7"]
+    ).stages[0]
+    assert (stage.train.learning_rate, stage.train.lora_target, stage.train.seed) == (1e-3, ("q_proj",), 7)
+    assert override({"a": {"b": 1}}, ["a.b=x"]) == {"a": {"b": "x"}}
+
+
+def test_an_override_that_leads_nowhere_is_refused(data: Path) -> None:
+    assert "no stage 'sff'. Did you mean sft?" in problems(recipe(data), ["stages.sff.seed=1"])
+    assert "key=value" in problems(recipe(data), ["seed"])
+    assert "unknown key. Did you mean learning_rate?" in problems(recipe(data), ["stages.sft.learning_rat=1"])
+
+
+def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\nseed: 1\nseed: 2\n")
+    assert f"{path}:3: not valid YAML or JSON: key 'seed' is written twice, first in line 2" in problems(str(path))
+
+
+def test_files_are_found_beside_the_recipe(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    (tmp_path / "r.yaml").write_text("model_name_or_path: smollm2-135m-instruct\nstage: sft\ndataset: rows.jsonl\n")
+    found = load_recipe(str(tmp_path / "r.yaml"))
+    assert found.stages[0].sources[0].file == data
+    assert load_recipe(found.raw).stages == found.stages
+
+
+def test_a_users_dataset_info_is_read_as_it_is(tmp_path: Path, data: Path) -> None:
+    info = {"mine": {"file_name": "rows.jsonl", "columns": {"prompt": "instruction", "response": "output"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    raw = recipe(data) | {"dataset_dir": str(tmp_path)}
+    raw["stages"]["sft"]["dataset"] = "mine"
+    assert load_recipe(raw).stages[0].sources[0].file == data
+    raw["stages"]["sft"]["dataset"] = "mien"
+    assert "Did you mean mine?" in problems(raw)
+
+
+def test_lora_settings_with_full_tuning_are_refused(data: Path) -> None:
+    assert "lora_rank has no effect with finetuning_type full" in problems(
+        recipe(data, finetuning_type="full", lora_rank=4)
+    )
+
+
+def test_an_alias_is_read_and_said_once(data: Path) -> None:
+    found: Recipe = load_recipe(recipe(data, model_max_length=64))
+    assert found.stages[0].data.cutoff_len == 64
+    assert found.notes == ("stages.sft.model_max_length is read as cutoff_len",)
+
+
+def test_every_field_says_what_it_is() -> None:
+    documented = {name: record.model_fields[name].description for name, record in FIELDS.items()}
+    documented |= {name: field.description for name, field in EvaluationSettings.model_fields.items()}
+    assert [name for name, text in documented.items() if not text] == []
+    assert len(documented) == 40
+
+
+def test_derived_values_are_filled_in_and_settings_without_effect_left_out() -> None:
+    assert TrainSettings(lora_rank=4).identity() == TrainSettings(lora_rank=4, lora_alpha=8).identity()
+    assert TrainSettings(max_steps=3).identity() == TrainSettings(max_steps=3, num_train_epochs=9).identity()
+    assert "lora_rank" not in TrainSettings(finetuning_type="full").identity()
+    assert (
+        TrainSettings(
+            per_device_train_batch_size=2, gradient_accumulation_steps=4, nproc_per_node=2
+        ).global_batch_size()
+        == 16
+    )

@@ -1,0 +1,306 @@
+"""The training program, on a tiny real model.
+
+One decision: runs that must survive a kill or be spread over processes are real processes; the others call `work`
+in this one, because importing torch costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from registry.records import TrainSettings
+from tasks.program import Events, ProgramError, Spec
+from tasks.train.checkpoints import mark_whole, newest_whole, remove_damaged, rotate
+from tasks.train.output import check_saved_model
+from tasks.train.program import work
+from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_shards, write_spec
+
+torch.set_num_threads(1)  # on matrices this small two threads mostly wait for each other
+PROJECT = Path(__file__).resolve().parents[3]
+GOLDEN = [6.117196, 6.448291, 6.205514, 6.124713]  # float32, seed 42, 12 rows in steps of 2
+
+
+class Killed(Exception):
+    """Stands for a kill in tests that stay in this process."""
+
+
+class DyingEvents(Events):
+    """Events of a run that ends when it tells about a step, before that step's checkpoint."""
+
+    def __init__(self, path: Path, at: int) -> None:
+        super().__init__(path)
+        self.at = at
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        super().emit(kind, **fields)
+        if kind == "progress" and fields["step"] == self.at:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return {"base": tiny_model(folder / "base"), "shards": write_shards(folder / "shards", random_rows(12))}
+
+
+def make_spec(
+    folder: Path, inputs: dict[str, Path], packing: bool = False, save_steps: int = 100, **train: Any
+) -> Path:
+    fields = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "num_train_epochs": 2.0}
+    settings = {
+        "train": TrainSettings(**(fields | train)).identity(),
+        "packing": packing,
+        "base_digest": "base-0",
+    }
+    runtime = {"logging_steps": 2, "save_steps": save_steps, "save_total_limit": 2, "base_name": "tiny"}
+    return write_spec(folder, settings, inputs, runtime)
+
+
+def run(path: Path, die_at: int | None = None) -> Path:
+    spec = Spec.read(path)
+    if die_at is None:
+        work(spec, Events(spec.events))
+    else:
+        with pytest.raises(Killed):
+            work(spec, DyingEvents(Path(spec.events), die_at))
+    return Path(spec.output)
+
+
+def losses(output: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(output.parent / "scratch" / "metrics.jsonl")]
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """All files but those of report/."""
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
+
+
+def test_four_steps_have_the_losses_they_always_had(inputs: dict[str, Path], tmp_path: Path) -> None:
+    output = run(make_spec(tmp_path, inputs, max_steps=4))
+    assert losses(output) == pytest.approx(GOLDEN, abs=1e-4)
+    numbers = json.loads((output / "train.json").read_text())
+    assert numbers["steps"] == 4
+    assert numbers["last_loss"] == numbers["train_loss"] == losses(output)[-1]
+    assert numbers["wrapped_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert numbers["trainable_parameters"] == sum(
+        value.numel() for value in load_file(output / "adapter_model.safetensors").values()
+    )
+
+
+def test_the_artifact_has_the_bases_tokenizer_its_digest_and_no_path_of_this_machine(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    output = run(make_spec(tmp_path, inputs, max_steps=2))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (output / name).read_bytes() == (inputs["base"] / name).read_bytes()
+    assert json.loads((output / "base.json").read_text()) == {"base_digest": "base-0"}
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    assert not any(str(inputs["base"].parent).encode() in content for content in contents(output).values())
+    assert {path.name for path in (output / "report").iterdir()} == {"metrics.jsonl", "loss.png"}
+    assert "training_args.bin" not in {path.name for path in tmp_path.rglob("*")}
+
+
+def test_events_tell_every_step_and_metrics_every_logged_one(inputs: dict[str, Path], tmp_path: Path) -> None:
+    output = run(make_spec(tmp_path, inputs, max_steps=3))
+    events = read_lines(tmp_path / "events.jsonl")
+    assert events[0]["kind"] == "note"
+    assert [event["step"] for event in events if event["kind"] == "progress"] == [1, 2, 3]
+    assert {event["total"] for event in events if event["kind"] == "progress"} == {3}
+    metrics = [event for event in events if event["kind"] == "metrics"]
+    report = read_lines(output / "report" / "metrics.jsonl")
+    assert [event["step"] for event in metrics] == [line["step"] for line in report] == [2, 3]
+    assert [event["values"]["loss"] for event in metrics] == [line["loss"] for line in report]
+    assert any("2 per device x 1 accumulation x 1 process = 2 sequences per step" in e.get("text", "") for e in events)
+
+
+# 12 rows in steps of 2: 6 steps per epoch. The last whole checkpoint is that of step 8 (in epoch 2), 6 (between), 0.
+@pytest.mark.parametrize(("die_at", "method"), [(9, "lora"), (7, "lora"), (2, "lora"), (9, "full")])
+def test_a_killed_and_resumed_run_has_the_bytes_of_one_never_killed(
+    inputs: dict[str, Path], tmp_path: Path, die_at: int, method: str
+) -> None:
+    fields: dict[str, Any] = {"finetuning_type": method, "lora_dropout": 0.2, "lr_scheduler_type": "cosine"}
+    whole = run(make_spec(tmp_path / "whole", inputs, **fields))
+    spec = make_spec(tmp_path / "killed", inputs, save_steps=2, **fields)
+    run(spec, die_at=die_at)
+    resumed = run(spec)
+    assert contents(resumed) == contents(whole)
+    assert losses(resumed) == losses(whole)
+    if die_at > 2:
+        expected = (die_at - 1) // 2 * 2
+        assert json.loads((resumed / "report" / "resume.json").read_text()) == {"resumed_from": expected}
+        notes = [event["text"] for event in read_lines(tmp_path / "killed" / "events.jsonl") if event["kind"] == "note"]
+        assert f"resumed from step {expected}" in notes
+    else:
+        assert not (resumed / "report" / "resume.json").exists()
+
+
+def test_a_run_killed_after_its_last_step_makes_no_further_step(inputs: dict[str, Path], tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, inputs, max_steps=4, finetuning_type="full")  # 4 of 6 steps: in the middle of an epoch
+    first = contents(run(spec))
+    shutil.rmtree(tmp_path / "output")
+    assert contents(run(spec)) == first
+
+
+def test_a_half_written_newest_checkpoint_is_ignored(inputs: dict[str, Path], tmp_path: Path) -> None:
+    whole = contents(run(make_spec(tmp_path / "whole", inputs, max_steps=8)))
+    spec = make_spec(tmp_path / "killed", inputs, max_steps=8, save_steps=2)
+    run(spec, die_at=7)
+    root = tmp_path / "killed" / "scratch" / "checkpoints"
+    shutil.copytree(root / "checkpoint-6", root / "checkpoint-7", ignore=shutil.ignore_patterns("whole.json"))
+    with open(root / "checkpoint-6" / "optimizer.pt", "r+b") as file:
+        file.truncate(1000)
+    assert contents(run(spec)) == whole
+    resume = json.loads((tmp_path / "killed" / "output" / "report" / "resume.json").read_text())
+    assert resume == {"resumed_from": 4}
+
+
+def test_a_checkpoint_without_optimizer_state_is_not_whole(tmp_path: Path) -> None:
+    def checkpoint(step: int) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "model.safetensors"):
+            (folder / name).write_text(name)
+        return folder
+
+    for step in (9, 10, 11):
+        mark_whole(checkpoint(step), 1)
+    (tmp_path / "checkpoint-11" / "optimizer.pt").unlink()
+    assert newest_whole(tmp_path, 1) == tmp_path / "checkpoint-10"
+    assert newest_whole(tmp_path, 2) is None  # the random states of two processes are not there
+    rotate(tmp_path, 1, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-11"}
+    assert remove_damaged(tmp_path, 1) == ["removed checkpoint-11: optimizer.pt does not have the 12 bytes it had"]
+    (checkpoint(12) / "scheduler.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="scheduler"):
+        mark_whole(tmp_path / "checkpoint-12", 1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_tuning_saves_a_model_that_loads_to_the_same_weights(tmp_path: Path, tied: bool) -> None:
+    base = tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    inputs = {"base": base, "shards": write_shards(tmp_path / "shards", random_rows(4))}
+    output = run(make_spec(tmp_path / "run", inputs, finetuning_type="full", max_steps=3, learning_rate=1e-3))
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, output))
+    saved = load_file(tmp_path / "run" / "scratch" / "checkpoints" / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in saved.items())
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"]) == tied
+    assert ("lm_head.weight" in saved) != tied
+    assert all(not torch.equal(after[name], before[name]) for name in saved)
+    assert (output / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert json.loads((output / "config.json").read_text())["use_cache"] is True
+
+
+def test_files_that_lack_a_weight_are_noticed(inputs: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(inputs["base"])
+    state = load_file(inputs["base"] / "model.safetensors")
+    check_saved_model(model, inputs["base"])
+    state.pop("model.norm.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ProgramError, match=r"hold 27008 parameters, the model has 27040.*'model\.norm\.weight'"):
+        check_saved_model(model, tmp_path)
+
+
+def test_packed_and_unpacked_rows_are_trained_alike(inputs: dict[str, Path], tmp_path: Path) -> None:
+    rows = random_rows(4)
+    one = write_shards(tmp_path / "one", rows)
+    packed = write_shards(tmp_path / "packed", [pack_rows(rows[:3]), pack_rows(rows[3:])])
+    plain = run(make_spec(tmp_path / "a", inputs | {"shards": one}, per_device_train_batch_size=4))
+    other = run(make_spec(tmp_path / "b", inputs | {"shards": packed}, packing=True))
+    assert losses(plain) == pytest.approx(losses(other), rel=1e-5)
+
+
+def test_bf16_keeps_matrices_in_float32_and_learns(inputs: dict[str, Path], tmp_path: Path) -> None:
+    output = run(make_spec(tmp_path, inputs, bf16=True))
+    assert {value.dtype for value in load_file(output / "adapter_model.safetensors").values()} == {torch.float32}
+    assert losses(output)[-1] < losses(output)[0]
+
+
+def test_an_adapter_is_continued_on_its_own_base_only(inputs: dict[str, Path], tmp_path: Path) -> None:
+    first = run(make_spec(tmp_path / "first", inputs, num_train_epochs=4.0))
+    more = run(make_spec(tmp_path / "more", inputs | {"adapter": first}, max_steps=1))
+    assert losses(more)[0] < losses(first)[0] - 0.3
+    (first / "base.json").write_text('{"base_digest": "base-9"}')
+    with pytest.raises(ProgramError, match=r"trained on base weights base-9, this base has base-0"):
+        run(make_spec(tmp_path / "wrong", inputs | {"adapter": first}, max_steps=1))
+    (first / "base.json").write_text('{"base_digest": "base-0"}')
+    with pytest.raises(ProgramError, match=r"lora_rank is 4, the adapter has 8"):
+        run(make_spec(tmp_path / "rank", inputs | {"adapter": first}, max_steps=1, lora_rank=4, lora_alpha=16))
+
+
+def test_a_module_name_that_matches_nothing_is_refused_with_the_names_there_are(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path, inputs, lora_target="q_proj,w_pack")
+    with pytest.raises(ProgramError, match=r"lora_target w_pack matches no linear module.*q_proj, up_proj") as error:
+        run(spec)
+    assert error.value.kind == "bad_setting"
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(inputs: dict[str, Path], tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, inputs, learning_rate=1e30, finetuning_type="full", save_steps=1)
+    with pytest.raises(ProgramError, match=r"is not finite at step 2: .*Lower learning_rate") as error:
+        run(spec)
+    assert error.value.kind == "not_finite"
+    root = tmp_path / "scratch" / "checkpoints"
+    assert newest_whole(root, 1) == root / "checkpoint-1"
+    assert not (tmp_path / "output" / "train.json").exists()
+
+
+def environment(threads: int) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PROJECT)}
+
+
+@pytest.mark.slow
+def test_a_run_ended_by_sigkill_is_resumed_to_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    whole = run(make_spec(tmp_path / "whole", inputs, max_steps=60))
+    spec = make_spec(tmp_path / "killed", inputs, max_steps=60, save_steps=1)
+    command = [sys.executable, "-m", "tasks.train.program", str(spec)]
+    lines = tmp_path / "killed" / "scratch" / "metrics.jsonl"
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment(torch.get_num_threads()))
+    while child.poll() is None and (not lines.exists() or len(lines.read_bytes().splitlines()) < 20):
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() == -9
+    killed_at = len(lines.read_bytes().splitlines())
+    subprocess.run(command, cwd=tmp_path, env=environment(torch.get_num_threads()), check=True)
+    output = tmp_path / "killed" / "output"
+    assert contents(output) == contents(whole)
+    resumed_from = json.loads((output / "report" / "resume.json").read_text())["resumed_from"]
+    assert 18 <= killed_at - 2 <= resumed_from <= killed_at
+    assert [line["step"] for line in read_lines(lines)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_and_can_be_resumed(inputs: dict[str, Path], tmp_path: Path) -> None:
+    shards = {"shards": write_shards(tmp_path / "shards", random_rows(10))}  # the third step of an epoch has two rows
+    fields: dict[str, Any] = {"per_device_train_batch_size": 1, "num_train_epochs": 2.0}
+    one = run(make_spec(tmp_path / "one", inputs | shards, gradient_accumulation_steps=4, **fields))
+    fields |= {"gradient_accumulation_steps": 2, "nproc_per_node": 2}
+    spec = make_spec(tmp_path / "two", inputs | shards, save_steps=2, **fields)
+    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command = [sys.executable, "-m", *torchrun, "-m", "tasks.train.program", str(spec)]
+    subprocess.run(command, cwd=tmp_path, env=environment(1), check=True)
+    two = tmp_path / "two" / "output"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert len(losses(two)) == 6
+    steps = [event["step"] for event in read_lines(tmp_path / "two" / "events.jsonl") if event["kind"] == "progress"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    tokens = [json.loads((output / "train.json").read_text())["trained_tokens"] for output in (one, two)]
+    assert tokens[0] == tokens[1]
+    before = contents(two)
+    shutil.rmtree(tmp_path / "two" / "scratch" / "checkpoints" / "checkpoint-6")
+    subprocess.run(command, cwd=tmp_path, env=environment(1), check=True)
+    assert contents(two) == before
+    assert json.loads((two / "report" / "resume.json").read_text()) == {"resumed_from": 4}
