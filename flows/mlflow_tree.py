@@ -9,9 +9,8 @@ from flows.graph import BASE, Pipeline, StageSteps
 from tasks.evaluation import read_results
 from tasks.jsonlines import read_json_lines
 from tasks.steps import Outcome, Step
-from tasks.tracking import Tracker
+from tasks.tracking import RUN_TAG, Tracker
 
-PIPELINE_TAG = "llamatuner.pipeline_run"
 KEY_TAG = "llamatuner.key"
 COMPUTED_TAG = "llamatuner.computed_by"
 
@@ -27,19 +26,18 @@ class MlflowTree:
     def __init__(self, pipeline: Pipeline, tracker: Tracker) -> None:
         self._pipeline, self._tracker = pipeline, tracker
         self.stage_runs: dict[str, str | None] = {}
+        self._tags: dict[str, str] = {}
         self._outcomes: dict[str, Outcome] = {}
 
-    def begin(self, run_name: str) -> None:
-        """Open the pipeline run and one run per stage, with settings."""
+    def begin(self, record_id: str) -> None:
+        """Open the pipeline run, named like its record, and one run per stage, with settings."""
         recipe = self._pipeline.recipe
-        self._tracker.start(run_name, {"llamatuner.recipe": recipe.name}, recipe.raw)
+        self._tags = {RUN_TAG: record_id}
+        self._tracker.start(record_id, self._tags | {"llamatuner.recipe": recipe.name}, recipe.raw)
         for name, stage in self._pipeline.stages.items():
-            run_id = self._tracker.open(name, self._tracker.run_id, self._tags())
+            run_id = self._tracker.open(name, self._tracker.run_id, self._tags)
             self.stage_runs[name] = run_id
             self._tracker.params(run_id, self._params(stage))
-
-    def _tags(self) -> dict[str, str]:
-        return {PIPELINE_TAG: self._tracker.run_id or ""}
 
     @staticmethod
     def _params(stage: StageSteps) -> dict[str, Any]:
@@ -106,7 +104,7 @@ class MlflowTree:
 
     def _evaluated(self, step: Step, outcome: Outcome) -> dict[str, Any]:
         parent = self._tracker.run_id if step.stage == BASE else self.stage_runs.get(step.stage)
-        run_id = self._tracker.open(f"{step.stage} evaluation", parent, self._tags())
+        run_id = self._tracker.open(f"{step.stage} evaluation", parent, self._tags)
         results = read_results(outcome.artifact.path, step.runtime["set_names"])
         values = {name: result["value"] for name, result in results.items()}
         self._tracker.results(run_id, values)

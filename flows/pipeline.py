@@ -6,7 +6,6 @@ Completed state named `Cached`, with Prefect's own result cache switched off: tw
 
 from __future__ import annotations
 
-import os
 from contextvars import ContextVar
 from typing import Any
 
@@ -31,6 +30,7 @@ from tasks.locks import Interrupted
 from tasks.steps import Step
 
 SESSION: ContextVar[Session | None] = ContextVar("llamatuner_session", default=None)
+RETRY_SECONDS = (1.0, 10.0)  # before the second and the third attempt; waited for here, where a stop request is heard
 CONCURRENT_STEPS = 4  # light steps side by side; heavy ones take turns (see Step.heavy)
 
 
@@ -47,8 +47,7 @@ def _worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
 
 @task(
     task_run_name="{title}",
-    retries=2,
-    retry_delay_seconds=[1, 10],
+    retries=len(RETRY_SECONDS),
     retry_condition_fn=_worth_retrying,
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -66,8 +65,11 @@ def make_step(title: str) -> State[Any]:
             logger.info(event["text"])
         progress.show(event)
 
-    if task_run.run_count > 1:
-        logger.info("attempt %d", task_run.run_count)
+    attempt = task_run.run_count
+    if attempt > 1:
+        session.view.say(f"{title}: attempt {attempt} of {len(RETRY_SECONDS) + 1}")
+        logger.info("attempt %d", attempt)
+        session.stop.wait(RETRY_SECONDS[attempt - 2])
     try:
         outcome = session.make(title, on_event)
     except Interrupted:
@@ -106,13 +108,13 @@ def pipeline(
     if session is None:  # started by Prefect: a deployment or its UI
         session = _open(recipe, overrides or [], data_only, logger.info)
         SESSION.set(session)
-    try:
-        with stopping(session.stop, session.view.say):
+    with stopping(session.stop, session.view.say):
+        try:
             _run(session)
-    finally:
-        status = session.finish()
-        session.view.close()
-    results_page(session)
+        finally:
+            status = session.finish()
+            session.view.close()
+        results_page(session)
     if status == "completed":
         made = sum(outcome.state == "ran" for outcome in session.outcomes.values())
         return Completed(message=f"{made} steps made, {len(session.outcomes) - made} cached")
@@ -137,8 +139,8 @@ def _store(home: Home) -> Any:
 
 def _run(session: Session) -> None:
     """Submit every step; each begins as soon as its inputs are there."""
-    reconcile(session.home, session.view.say, os.getpid())
     session.record.update(flow_run_id=str(flow_run.get_id()))
+    reconcile(session.home, session.view.say)
     plan_page(plan(session.pipeline, session.store))
     session.tree.begin(session.record.values["id"])
     session.record.update(mlflow_run_id=session.tracker.run_id)

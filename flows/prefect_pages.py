@@ -21,11 +21,12 @@ from flows.planning import PlannedStep
 from flows.session import Session
 from flows.view import duration, numbers
 from tasks.artifacts import Artifact
-from tasks.preview import marked_markdown, read_rendered
+from tasks.preview import marked, read_rendered
 from tasks.steps import Step
 
 PROGRESS_SECONDS = 3.0  # between two updates; each is a write to Prefect's database
 PREVIEW_ROWS = 3
+FENCE = "`" * 12
 
 
 def _key(text: str) -> str:
@@ -81,9 +82,10 @@ def step_page(step: Step, artifact: Artifact) -> None:
 def preview_page(stage: StageSteps, artifact: Artifact) -> None:
     """The first rendered rows, the trained part marked."""
     rows = read_rendered(artifact.path, PREVIEW_ROWS)
-    text = "\n\n".join(f"**row {row['row']}**\n\n{marked_markdown(row['text'], row['spans'])}" for row in rows)
+    # a fence longer than any run of backticks, so that a row cannot end it
+    blocks = [f"row {row['row']}\n\n{FENCE}text\n{marked(row['text'], row['spans'])}\n{FENCE}" for row in rows]
     create_markdown_artifact(
-        f"Bold is trained, the rest is not.\n\n{text}",
+        "\n\n".join(["What stands between ⟦ and ⟧ is trained, the rest is not.", *blocks]),
         key=_key(f"{stage.settings.name}-preview"),
         description="Rendered rows",
     )

@@ -1,7 +1,8 @@
 """What runs there were: one small JSON file per pipeline run.
 
-One decision: a record carries the process id and start time of its run, so that the next start can tell a run that
-is going on from one that died without a word, and close the latter everywhere.
+One decision: a run holds a lock as long as it lives, so that the next start can tell a run that is going on from one
+that died without a word, and close the latter everywhere. Process ids cannot tell: they are used again, and each
+container counts its own.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psutil
-
 from registry.home import Home
+from tasks.locks import locked, try_lock
 
 RUNNING = "running"
 
@@ -25,6 +27,7 @@ class RunRecord:
 
     def __init__(self, home: Home, values: dict[str, Any]) -> None:
         self._home, self.values = home, values
+        self._alive = ExitStack()
 
     @classmethod
     def start(cls, home: Home, recipe: str) -> RunRecord:
@@ -36,11 +39,15 @@ class RunRecord:
             "status": RUNNING,
             "started": now.isoformat(timespec="seconds"),
             "pid": os.getpid(),
-            "pid_started": psutil.Process().create_time(),
         }
         record = cls(home, values)
+        record._alive.enter_context(locked(record._lock))
         record.update()
         return record
+
+    @property
+    def _lock(self) -> Path:
+        return self._home.locks / f"run-{self.values['id']}.lock"
 
     def update(self, **fields: Any) -> None:
         """Set fields and write the record."""
@@ -54,15 +61,15 @@ class RunRecord:
     def end(self, status: str, **fields: Any) -> None:
         """Close the record."""
         self.update(status=status, ended=datetime.now(UTC).isoformat(timespec="seconds"), **fields)
+        self._lock.unlink(missing_ok=True)
+        self._alive.close()
 
     def died(self) -> bool:
         """Whether its process is gone though the record says running."""
         if self.values["status"] != RUNNING:
             return False
-        try:
-            return abs(psutil.Process(self.values["pid"]).create_time() - self.values["pid_started"]) > 1.0
-        except psutil.NoSuchProcess:
-            return True
+        with try_lock(self._lock) as free:
+            return free
 
 
 def records(home: Home) -> Iterator[RunRecord]:

@@ -21,7 +21,7 @@ from registry.home import Home
 from tasks.artifacts import Store
 from tasks.digests import DigestMemory
 from tasks.evaluation import read_results
-from tasks.locks import Interrupted
+from tasks.locks import Interrupted, check_stop
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
@@ -33,12 +33,13 @@ class Session:
         pipeline: what to do.
         home: where.
         view: who is told.
+        stop: set to end the run.
     """
 
-    def __init__(self, pipeline: Pipeline, home: Home, view: View) -> None:
+    def __init__(self, pipeline: Pipeline, home: Home, view: View, stop: threading.Event | None = None) -> None:
         self.pipeline, self.home, self.view = pipeline, home, view
         self.store, self.memory = Store(home), DigestMemory(home.digests)
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
         self.outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, BaseException] = {}
         self.by_title = {step.title: step for step in pipeline.steps}
@@ -55,8 +56,10 @@ class Session:
             also: gets the step's events too (Prefect's progress bar).
 
         Raises:
+            Interrupted: the run was asked to stop before the step began.
             What the step raises; it is remembered first.
         """
+        check_stop(self.stop)
         step = self.by_title[title]
 
         def emit(event: dict[str, Any]) -> None:
@@ -83,9 +86,9 @@ class Session:
 
     def status(self) -> str:
         """`completed`, `failed` or `cancelled`."""
-        if self.stop.is_set():
-            return "cancelled"
-        return "failed" if self.failed or len(self.outcomes) < len(self.pipeline.steps) else "completed"
+        if len(self.outcomes) == len(self.pipeline.steps):
+            return "completed"
+        return "cancelled" if self.stop.is_set() else "failed"
 
     def error(self) -> BaseException | None:
         """What went wrong first, an interruption aside."""

@@ -110,6 +110,7 @@ def run_program(
         finally:
             tree.end()
     if child.returncode != 0:
+        check_stop(stop)  # who ends the run may have sent its signal to the program as well
         raise _failure(module, spec, child.returncode, log_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,6 @@ def pieces(text: str, spans: list[int]) -> Iterator[tuple[str, bool]]:
         yield data[position:].decode("utf-8"), False
 
 
-def marked_markdown(text: str, spans: list[int]) -> str:
-    """A rendered row as Markdown, the trained part bold."""
-    parts = []
-    for piece, trained in pieces(text, spans):
-        escaped = html.escape(piece).replace("\n", "<br>")
-        parts.append(f"<b>{escaped}</b>" if trained else escaped)
-    return "".join(parts)
+def marked(text: str, spans: list[int]) -> str:
+    """A rendered row with the trained part between ⟦ and ⟧, which are seen without colour too."""
+    return "".join(f"⟦{piece}⟧" if trained else piece for piece, trained in pieces(text, spans))

@@ -208,8 +208,8 @@ def do(
     ready = prepare(step, store, memory)
     if ready is None:
         raise RuntimeError(f"{step.title}: an input is not there; an artifact was removed while the pipeline ran")
-    artifact = store.find(step.kind, ready.key)
-    if artifact:
+    artifact, folder = store.find(step.kind, ready.key), store.work_folder(step.kind, ready.key)
+    if artifact and not folder.exists():
         return Outcome("cached", artifact, time.monotonic() - started)
 
     def say(text: str) -> None:
@@ -218,6 +218,7 @@ def do(
     with locked(store.lock_path(ready.key), stop, say):
         artifact = store.find(step.kind, ready.key)
         if artifact:
+            remove_folder(folder)  # left by a kill between the step's last rename and its clean-up
             return Outcome("cached", artifact, time.monotonic() - started)
         damaged = store.set_aside_if_damaged(step.kind, ready.key)
         if damaged:

@@ -17,8 +17,10 @@ from typing import Any
 
 from registry.home import Home
 from tasks.artifacts import Artifact
+from tasks.locks import locked
 
 EXPERIMENT = "llamatuner"
+RUN_TAG = "llamatuner.run"  # on every run of a tree: the id of the run record
 LONGEST_PARAM = 500  # characters; the whole settings are kept as an artifact
 
 
@@ -69,11 +71,13 @@ class Tracker:
             location = (self._home.mlflow / "artifacts").as_uri() if uri.startswith("sqlite:") else None
             if location:
                 self._home.mlflow.mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            found = client.get_experiment_by_name(EXPERIMENT)
-            if found and location and found.artifact_location != location:
-                follow_moved_home(self._home.mlflow / "mlflow.db", found.artifact_location, location)
-            self._experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, location)
+            # two processes that make one new database at once would fail
+            with locked(self._home.locks / "mlflow-start.lock"):
+                client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+                found = client.get_experiment_by_name(EXPERIMENT)
+                if found and location and found.artifact_location != location:
+                    follow_moved_home(self._home.mlflow / "mlflow.db", found.artifact_location, location)
+                self._experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, location)
             self._client = client
         return self._client
 
@@ -236,14 +240,23 @@ def follow_moved_home(database: Path, before: str, after: str) -> None:
     connection.close()
 
 
-def end_dead_run(home: Home, run_id: str, status: str) -> None:
-    """Close the pipeline run of a process that died without a word, and its open children."""
+def end_dead_run(home: Home, record_id: str, status: str) -> None:
+    """Close what is open of a run whose process died without a word.
+
+    Args:
+        home: where MLflow's own files are when no server is set.
+        record_id: of the run record; found by tag, since a process can die before it wrote down any id of MLflow's.
+        status: FAILED or KILLED.
+    """
+    if "MLFLOW_TRACKING_URI" not in os.environ and not (home.mlflow / "mlflow.db").exists():
+        return
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=tracking_uri(home))
-    experiment = client.get_run(run_id).info.experiment_id
-    nested = client.search_runs([experiment], f"tags.`llamatuner.pipeline_run` = '{run_id}' and status = 'RUNNING'")
-    for child in nested:
-        client.set_terminated(child.info.run_id, status)
-    client.set_terminated(run_id, status)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return
+    open_runs = f"tags.`{RUN_TAG}` = '{record_id}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment.experiment_id], open_runs):
+        client.set_terminated(run.info.run_id, status)

@@ -5,14 +5,26 @@ One decision: a command imports what it needs when it runs, so that `--help` ans
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 
 def main() -> None:
     """Run the command line and exit with 0, 1, 2 or 130."""
-    from flows.cli.app import run_app
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        from flows.cli.app import run_app
 
-    sys.exit(run_app())
+        code = run_app()
+    except KeyboardInterrupt:  # while the command line itself was loaded
+        code = 130
+    sys.exit(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like Ctrl-C, wherever nobody has taken it over."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
+import threading
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from flows.cli.output import BAD_INPUT, DONE, FAILED, INTERRUPTED, people, print
 from flows.cli.report import print_report
 from flows.graph import Pipeline, build
 from flows.planning import PlannedStep, plan
-from flows.run_records import last_with_keys
+from flows.run_records import last_with_keys, records
 from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
@@ -30,7 +29,7 @@ def run_recipe(name: str, overrides: list[str], as_json: bool, strict_versions: 
     pipeline = build(recipe, home, strict_versions)
     pipeline = pipeline.data_only() if data_only else pipeline
     lines = plan(pipeline, Store(home))
-    if all(line.state == "cached" for line in lines):
+    if all(line.state == "cached" for line in lines) and not any(record.died() for record in records(home)):
         return _up_to_date(pipeline, lines, home, console, as_json)
     from flows.preflight import preflight
 
@@ -68,26 +67,19 @@ def _print(
     print_json({"status": status, "steps": made, "results": results, "mlflow_run_id": mlflow, "flow_run_id": prefect})
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, as_json: bool) -> int:
     from flows.prefect_server import prefect_api
-    from flows.session import Session
+    from flows.session import Session, stopping
     from flows.view import make_view
 
-    signal.signal(signal.SIGTERM, _terminated)  # until the flow listens, SIGTERM unwinds like Ctrl-C
     waiting = sum(line.state != "cached" for line in lines)
     console.print(f"{pipeline.recipe.name}: {waiting} of {len(lines)} steps to do", style="bold", markup=False)
     view = make_view(console)
+    stop = threading.Event()
     try:
-        with prefect_api(home):
-            session = Session(pipeline, home, view)
-            try:
-                status = _flow(session)
-            finally:
-                view.close()
+        with prefect_api(home), stopping(stop, view.say):  # until here a signal unwinds: there is nothing to close
+            session = Session(pipeline, home, view, stop)
+            status = _flow(session)
     finally:
         view.close()
     print_report(console, pipeline, session.outcomes, home, status)
@@ -112,11 +104,18 @@ def _deliver_logs() -> None:
 
 def _flow(session: Any) -> str:
     """Run the flow with this session; the status the session ended with."""
+    from prefect import tags
+    from prefect.exceptions import TerminationSignal
+
     from flows.pipeline import SESSION, pipeline
+    from flows.reconcile import run_tag
 
     token = SESSION.set(session)
     try:
-        pipeline(dict(session.pipeline.recipe.raw), None, session.pipeline.recipe.name, return_state=True)
+        with tags(run_tag(session.record)):
+            pipeline(dict(session.pipeline.recipe.raw), None, session.pipeline.recipe.name, return_state=True)
+    except (KeyboardInterrupt, TerminationSignal):
+        session.stop.set()  # a second signal, or one that met Prefect's handler: what is open is closed below
     finally:
         SESSION.reset(token)
         _deliver_logs()

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,9 @@ def logged(lines: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
     [{'step': 2, 'loss': 1.5}, {'step': 3, 'loss': 3.0}]
     """
     ends = [end for end in range(1, len(lines) + 1) if end % every == 0 or end == len(lines)]
-    starts = [0, *ends[:-1]]
     return [
         lines[end - 1] | {"loss": math.fsum(line["loss"] for line in lines[start:end]) / (end - start)}
-        for start, end in zip(starts, ends, strict=True)
+        for start, end in pairwise([0, *ends])
     ]
 
 
@@ -85,6 +85,15 @@ class StepWatcher(TrainerCallback):
     ) -> None:
         self.events, self.lines, self.counts, self.sampler, self.every = events, lines, counts, sampler, every
         self.clock = time.perf_counter()
+
+    def repeat(self) -> None:
+        """Tell again the metrics of the steps before a resume: who follows this attempt may not have seen them."""
+        for line in logged(self.lines.lines, self.every):
+            if line["step"] % self.every == 0:
+                self._metrics(line)
+
+    def _metrics(self, line: dict[str, Any]) -> None:
+        self.events.emit("metrics", step=line["step"], values={name: line[name] for name in SHOWN})
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Choose the order of the epoch that begins, or that a resumed run is in."""
@@ -125,8 +134,7 @@ class StepWatcher(TrainerCallback):
         self.events.emit("progress", total=state.max_steps, **shown)
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps:
-            last = logged(self.lines.lines[(step - 1) // self.every * self.every :], self.every)[-1]
-            self.events.emit("metrics", step=step, values={name: last[name] for name in SHOWN})
+            self._metrics(logged(self.lines.lines[(step - 1) // self.every * self.every :], self.every)[-1])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The time a checkpoint took is not the next step's."""

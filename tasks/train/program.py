@@ -156,6 +156,7 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
         events.emit("note", text=f"resumed from step {step}")
     lines = StepLines(Path(spec.scratch) / LINES if first else None, step)
     watcher = StepWatcher(events, lines, trainer.counts, trainer.sampler, spec.runtime["logging_steps"])
+    watcher.repeat()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines))
     trainer.add_callback(watcher)
