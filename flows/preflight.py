@@ -1,6 +1,8 @@
-"""What can be known to go wrong before anything starts: disk, device."""
+"""What can be known to go wrong before anything starts: disk, device, templates, rows."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from flows.graph import Pipeline
 from flows.planning import PlannedStep
@@ -8,8 +10,13 @@ from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.models import MODELS
 from tasks.devices import cuda_devices, require_bf16
+from tasks.fetch import count_rows
+from tasks.render import RowRenderer
+from tasks.steps import LocalFolder
+from tasks.template import DEFAULT_DATE, Refusal, compile_template
 
 RESERVE_BYTES = 100_000_000  # databases, logs, data steps
+READ_BYTES = 64_000_000  # of data files; read in a few seconds. Of larger ones the fetch step says what is wrong
 
 
 def bytes_needed(pipeline: Pipeline, lines: list[PlannedStep]) -> int:
@@ -30,7 +37,7 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> None:
     """Refuse to start what cannot end.
 
     Raises:
-        InputError: too little disk, bf16 on a device without it.
+        InputError: too little disk, bf16 on a device without it, a template that does not compile.
     """
     problems: list[Problem] = []
     if any(line.state != "cached" for line in lines):
@@ -44,5 +51,46 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> None:
                 require_bf16(cuda_devices(), f"stages.{name}.bf16")
             except InputError as error:
                 problems += error.problems
+    problems += _template_problems(lines)
     if problems:
         raise InputError(problems)
+
+
+def require_rows(lines: list[PlannedStep]) -> None:
+    """Read the rows that will be fetched, when they are few, so that bad ones are said before anything starts.
+
+    Raises:
+        InputError: as the fetch steps would, for all of them at once.
+    """
+    waiting = [line.step for line in lines if line.step.kind == "fetch" and line.state != "cached"]
+    files = {Path(file) for step in waiting for file in step.runtime["files"]}
+    if sum(path.stat().st_size for path in files) > READ_BYTES:
+        return
+    problems: list[Problem] = []
+    for step in waiting:
+        try:
+            count_rows(step)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(dict.fromkeys(problems), "data")
+
+
+def _template_problems(lines: list[PlannedStep]) -> list[Problem]:
+    """Of the templates that can be read now: given ones, and those of models on this disk."""
+    problems: list[Problem] = []
+    for line in lines:
+        if line.step.kind != "render" or line.state == "cached":
+            continue
+        base = line.step.inputs["base"].source
+        try:
+            if isinstance(base, LocalFolder):
+                shape = RowRenderer.from_step(line.step, base.path).template.shape
+                if isinstance(shape, Refusal):
+                    rule = f"no row can be trained on with it: {shape.detail} [{shape.reason}]"
+                    problems.append(Problem("chat template", rule, "Use another one, see `llamatuner list templates`."))
+            elif line.step.identity["template"] is not None:
+                compile_template(line.step.identity["template"], DEFAULT_DATE, "chat template")
+        except InputError as error:
+            problems += error.problems
+    return list(dict.fromkeys(problems))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from registry.errors import InputError, Problem
 from registry.home import Home
 from tasks.locks import locked, try_lock
 
@@ -73,9 +74,17 @@ class RunRecord:
 
 
 def records(home: Home) -> Iterator[RunRecord]:
-    """All records, newest first; one that cannot be read is passed over only when it is half-written (`.part`)."""
+    """All records, newest first; one that cannot be read is passed over only when it is half-written (`.part`).
+
+    Raises:
+        InputError: a record is damaged.
+    """
     for path in sorted(home.runs.glob("*.json"), reverse=True):
-        yield RunRecord(home, json.loads(path.read_text(encoding="utf-8")))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(Problem(str(path), f"a damaged record of a run: {error}", "Remove the file.")) from error
+        yield RunRecord(home, values)
 
 
 def last_with_keys(home: Home, keys: list[str | None]) -> RunRecord | None:

@@ -17,11 +17,14 @@ from flows.graph import BASE, Pipeline
 from flows.mlflow_tree import MlflowTree
 from flows.run_records import RunRecord
 from flows.view import View
+from registry.errors import InputError
 from registry.home import Home
 from tasks.artifacts import Store
 from tasks.digests import DigestMemory
 from tasks.evaluation import read_results
+from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted, check_stop
+from tasks.program import classify
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
@@ -80,7 +83,7 @@ class Session:
             added = self.tree.ended(step, outcome)
             if added:
                 self.store.annotate(outcome.artifact, **added)
-            self.record.update(steps=self.steps_json())
+            self._write(self.record.update, steps=self.steps_json())
         self.view.ended(step, outcome)
         return outcome
 
@@ -93,6 +96,14 @@ class Session:
     def error(self) -> BaseException | None:
         """What went wrong first, an interruption aside."""
         return next((e for e in self.failed.values() if not isinstance(e, Interrupted)), None)
+
+    def error_text(self) -> str | None:
+        """What to tell the person about it: a full disk is named with its cure, whoever ran into it."""
+        error = self.error()
+        if error is None or isinstance(error, InputError | ProgramFailed):
+            return str(error) if error else None
+        kind, text = classify(error)
+        return text if kind == "disk_full" else str(error)
 
     def steps_json(self) -> list[dict[str, Any]]:
         """The steps reached, as `run --json` gives them."""
@@ -114,9 +125,16 @@ class Session:
         """Close the record and the MLflow tree; the status."""
         status = self.status()
         self.tree.end({"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[status], self.results())
-        error = self.error()
-        self.record.end(status, steps=self.steps_json(), results=self.results(), error=str(error) if error else None)
+        ending = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}
+        self._write(self.record.end, status=status, **ending)
         return status
+
+    def _write(self, change: Callable[..., None], **fields: Any) -> None:
+        """Write the run record; a full disk leaves it as it was, and the next run closes it."""
+        try:
+            change(**fields)
+        except OSError as error:
+            self.view.say(f"the run record could not be written: {error}")
 
 
 def outcome_json(step: Step, outcome: Outcome) -> dict[str, Any]:

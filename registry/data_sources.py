@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from registry.core import Registry, read_yaml
+from registry.core import Registry, read_text, read_yaml, user_path
 from registry.errors import InputError, Problem, did_you_mean
 
 SHIPPED = Path(__file__).with_name("datasets.yaml")
@@ -65,7 +65,7 @@ def _entries(path: Path) -> Iterator[tuple[str, DataSource]]:
     Raises:
         InputError: every entry that cannot be used.
     """
-    raw = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    raw = read_yaml(read_text(path), str(path))
     if not isinstance(raw, dict):
         raise InputError(Problem(str(path), "a data set registry is a mapping of names to entries"))
     problems: list[Problem] = []
@@ -82,10 +82,26 @@ def _entries(path: Path) -> Iterator[tuple[str, DataSource]]:
             problems.append(
                 Problem(f"{where}.formatting", f"unknown format {formatting!r}", did_you_mean(str(formatting), FORMATS))
             )
+        wrong = _wrong_types(entry, where)
+        problems += wrong
+        if wrong:
+            continue
         sources.append((name, _source(name, entry, path.parent)))
     if problems:
         raise InputError(problems, str(path))
     yield from sources
+
+
+def _wrong_types(entry: dict[str, Any], where: str) -> list[Problem]:
+    problems = []
+    for key in ("columns", "tags"):
+        value = entry.get(key, {})
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            problems.append(Problem(f"{where}.{key}", f"{value!r} is not a mapping of names to names"))
+    count = entry.get("num_samples")
+    if count is not None and (type(count) is not int or count < 1):
+        problems.append(Problem(f"{where}.num_samples", f"{count!r} is not a number of rows from 1"))
+    return problems
 
 
 def _source(name: str, entry: dict[str, Any], folder: Path) -> DataSource:
@@ -123,9 +139,9 @@ def find_dataset(name: str, dataset_dir: Path | None, where: str) -> DataSource:
         known += list(entries)
         if name in entries:
             return _checked(entries[name], where)
-        if (dataset_dir / name).is_file():
-            return _checked(DataSource(name, dataset_dir / name, None), where)
-    path = Path(name).expanduser()
+        if user_path(str(dataset_dir / name), where).is_file():
+            return _checked(DataSource(Path(name).stem, dataset_dir / name, None), where)
+    path = user_path(name, where)
     if path.suffix in SUFFIXES or path.is_file():
         return _checked(DataSource(path.stem, path.absolute(), None), where)
     if name in DATASETS:
@@ -146,6 +162,8 @@ def _user_entries(dataset_dir: Path, where: str) -> dict[str, DataSource]:
 
 def _checked(source: DataSource, where: str) -> DataSource:
     path = source.file
+    if path.is_dir():
+        raise InputError(Problem(where, f"{path} is a folder, not a file", "Name the data file in it."))
     if not path.is_file():
         near = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
         close = get_close_matches(path.name, near, n=1)

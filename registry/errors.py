@@ -52,6 +52,18 @@ class InputError(Exception):
         return (InputError, (self.problems, self.title))
 
 
+def shown(value: object) -> str:
+    """A value as an error quotes it: as it is written in YAML where Python differs, and not longer than a line.
+
+    >>> shown(None), shown(True), shown("x")
+    ('null', 'true', "'x'")
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number of more than 60 digits"
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def did_you_mean(value: str, known: Sequence[str]) -> str:
     """The cure for an unknown name.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from registry.core import read_yaml
+from registry.core import read_text, read_yaml, user_path
 from registry.errors import InputError, Problem, did_you_mean
 from registry.recipe import Recipe, build_recipe
 from registry.recipes import RECIPES
@@ -20,11 +20,13 @@ def find_recipe(name: str) -> Path:
     Raises:
         InputError: neither exists.
     """
-    path = Path(name).expanduser()
+    path = user_path(name, "recipe")
     if path.is_file():
         return path.absolute()
     if name in RECIPES:
         return RECIPES[name]
+    if path.is_dir():
+        raise InputError(Problem(str(path.absolute()), "a folder, not a recipe file", "Name the file in it."))
     if path.suffix in SUFFIXES or "/" in name:
         raise InputError(Problem(str(path.absolute()), "the recipe file does not exist", "Check the path."))
     raise InputError(
@@ -45,12 +47,7 @@ def load_recipe(recipe: str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if isinstance(recipe, str):
         path = find_recipe(recipe)
         folder, title = path.parent, path.name
-        try:
-            raw = read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
-        except UnicodeDecodeError as error:
-            raise InputError(
-                Problem(str(path), f"not UTF-8 text at byte {error.start}", "Save it as UTF-8.")
-            ) from error
+        raw = read_yaml(read_text(path), str(path))
     else:
         folder, title, raw = Path.cwd(), str(recipe.get("name", "recipe")), dict(recipe)
     return build_recipe(override(raw, overrides), folder, title)

@@ -15,8 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from registry.core import user_path
 from registry.data_sources import DataSource, find_dataset
-from registry.errors import InputError, Problem, did_you_mean
+from registry.errors import InputError, Problem, did_you_mean, shown
 from registry.records import DataSettings, EvaluationSettings, ModelSettings, Record, RuntimeSettings, TrainSettings
 from registry.stages import METHODS, STAGES
 from registry.templates import template_text
@@ -78,9 +79,14 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
     problems: list[Problem] = []
     notes: list[str] = []
     defaults = {key: value for key, value in raw.items() if key not in RECIPE_KEYS}
-    written = raw.get("stages", {defaults.get("stage", "sft"): {}})
-    if not isinstance(written, dict) or not written or not all(isinstance(v, dict) for v in written.values()):
-        raise InputError(Problem("stages", "stages is a mapping of stage names to settings"), title)
+    written = raw.get("stages", {str(defaults.get("stage", "sft")): {}})
+    if not isinstance(written, dict) or not written:
+        rule = f"{shown(written)} is not a mapping of stage names to settings"
+        raise InputError(Problem("stages", rule, "E.g. stages: {sft: {stage: sft, dataset: rows.jsonl}}"), title)
+    flat = [key for key, value in written.items() if not isinstance(value, dict)]
+    if flat:
+        rule, cure = "is not a mapping of settings", "E.g. {stage: sft, dataset: rows.jsonl}"
+        raise InputError([Problem(f"stages.{key}", f"{shown(written[key])} {rule}", cure) for key in flat], title)
     name = _name(raw.get("name", Path(title).stem), problems)
     evaluation = _record(EvaluationSettings, raw.get("evaluation", {}), lambda key: f"evaluation.{key}", problems)
     stages = []
@@ -105,7 +111,7 @@ def _each_once(problems: list[Problem]) -> list[Problem]:
 def _name(value: Any, problems: list[Problem]) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         problems.append(
-            Problem("name", f"{value!r} is not a name", "Letters, digits, dot, dash, underscore; at most 60.")
+            Problem("name", f"{shown(value)} is not a name", "Letters, digits, dot, dash, underscore; at most 60.")
         )
         return "unnamed"
     return value
@@ -130,7 +136,7 @@ def _stage(
 ) -> StageSettings | None:
     for key in settings:
         if key not in FIELDS:
-            problems.append(Problem(where(key), "unknown key", did_you_mean(key, [*FIELDS, *RECIPE_KEYS])))
+            problems.append(Problem(where(key), "unknown key", did_you_mean(str(key), [*FIELDS, *RECIPE_KEYS])))
     if not NAME.fullmatch(name):
         problems.append(Problem(f"stages.{name}", "not a stage name", "Letters, digits, dot, dash, underscore."))
     parts = [
@@ -138,8 +144,13 @@ def _stage(
         for record in RECORDS
     ]
     model, data, train, runtime = parts
-    dataset_dir = settings.get("dataset_dir")
-    directory = Path(dataset_dir) if isinstance(dataset_dir, str) else None
+    dataset_dir = settings.get("dataset_dir") or None
+    directory = (
+        _collect(problems, user_path, dataset_dir, where("dataset_dir")) if isinstance(dataset_dir, str) else None
+    )
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        if isinstance(settings.get(key), str):
+            _collect(problems, user_path, settings[key], where(key))
     sources = _sources(data.dataset, directory, where("dataset"), problems) if isinstance(data, DataSettings) else ()
     held_out: list[DataSource] = []
     if isinstance(data, DataSettings):
@@ -170,6 +181,10 @@ def _rules(settings: Mapping[str, Any], where: Any, problems: list[Problem]) -> 
     for key, registry in (("stage", STAGES), ("finetuning_type", METHODS)):
         if isinstance(settings.get(key), str):
             _collect(problems, registry.lookup, settings[key], where(key))
+    kept_back = settings.get("val_size")
+    if isinstance(kept_back, float) and kept_back > 1 and not kept_back.is_integer():
+        rule = f"{kept_back} is neither a share below 1 nor a whole number of rows"
+        problems.append(Problem(where("val_size"), rule, "E.g. 0.1 or 100."))
     if settings.get("finetuning_type") == "full":
         for key in LORA_ONLY:
             if settings.get(key) is not None:
@@ -195,16 +210,27 @@ def _collect(problems: list[Problem], function: Any, *arguments: Any) -> Any:
 
 def _record(record: type[Record], values: Any, where: Any, problems: list[Problem]) -> Any:
     """A record from parsed values, typed strictly; None and problems when it is not valid."""
+    unreadable = [key for key, value in values.items() if not _plain(value)] if isinstance(values, dict) else []
+    if unreadable:
+        rule = "only text, numbers, true/false, null, lists and mappings can be used"
+        problems.extend(Problem(where(key), f"{shown(values[key])}: {rule}", "Quote it.") for key in unreadable)
+        values = {key: value for key, value in values.items() if key not in unreadable}
     try:
-        text = json.dumps(values)
-    except (TypeError, ValueError):
-        problems.append(Problem(where("…"), "only text, numbers, true/false, lists and mappings can be used"))
-        return None
-    try:
-        return record.model_validate_json(text, strict=True)
+        found = record.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        problems.extend(_problem(record, item, where) for item in error.errors(include_url=False))
+        wrong = [item for item in error.errors(include_url=False) if item["loc"][:1] not in [(k,) for k in unreadable]]
+        problems.extend(_problem(record, item, where) for item in wrong)
         return None
+    return None if unreadable else found
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is one of JSON's, and its text can be written in UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError):  # a date, bytes, a set; half of a surrogate pair
+        return False
+    return True
 
 
 def _problem(record: type[Record], item: Any, where: Any) -> Problem:
@@ -217,7 +243,9 @@ def _problem(record: type[Record], item: Any, where: Any) -> Problem:
     if item["type"] == "missing":
         return Problem(place, "missing, and it has no default", help_text)
     rule = item["msg"].replace("Input should be", "should be")
-    return Problem(place, f"{item['input']!r} {rule}", f"{field}: {help_text}" if help_text else "")
+    if item["type"] == "too_short":  # in pydantic's words a tuple, which nobody wrote
+        rule = "is empty"
+    return Problem(place, f"{shown(item['input'])} {rule}", f"{field}: {help_text}" if help_text else "")
 
 
 def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -228,9 +256,13 @@ def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
 
     def absolute(value: Any, must: bool) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value:
             return value
-        path = folder / Path(value).expanduser()
+        try:
+            path = folder / user_path(value, "")
+            path = folder / user_path(str(path), "")
+        except InputError:
+            return value  # refused where it is used, with its key
         return str(path.absolute()) if must or path.exists() or value.startswith(("~", "./", "../")) else value
 
     def mended(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def _minus_one_is_unset(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
-Steps = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=1, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Record(BaseModel):
@@ -37,11 +38,11 @@ class Record(BaseModel):
 class ModelSettings(Record):
     """The model a stage starts from."""
 
-    model_name_or_path: str
+    model_name_or_path: Text
     """Registry name, Hugging Face hub id (`owner/name`) or local folder of the base model."""
-    model_revision: str = "main"
+    model_revision: Text = "main"
     """Hub branch, tag or commit of the base model; the commit it pointed to is recorded."""
-    adapter_name_or_path: str | None = None
+    adapter_name_or_path: Text | None = None
     """Local folder of a LoRA adapter to continue from; it must have been trained on the same base weights."""
 
 
@@ -56,9 +57,9 @@ class DataSettings(Record):
     """Rows kept back from `dataset` for evaluation: a share below 1, or a number of rows from 1."""
     max_samples: Steps | None = None
     """Most rows taken from each data set, in file order; for trying things out."""
-    template: str = "auto"
+    template: Text = "auto"
     """Chat template: `auto` is the model's own, else a name of `llamatuner list templates` or a .jinja file."""
-    cutoff_len: Annotated[int, Field(ge=4)] = 2048
+    cutoff_len: Annotated[int, Field(ge=4, lt=2**31)] = 2048
     """Longest sequence, in tokens; also the length of a packed sequence."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """What happens to a row longer than `cutoff_len`: left out and counted, cut at the end, or refused."""
@@ -105,7 +106,7 @@ class TrainSettings(Record):
     """AdamW weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of initialisation, order and dropout."""
     bf16: bool = False
     """Weights of the frozen base and arithmetic in bfloat16; LoRA matrices and optimizer state stay float32."""
@@ -146,7 +147,7 @@ class EvaluationSettings(Record):
 class RuntimeSettings(Record):
     """What may change without changing the result. Never part of a key."""
 
-    dataset_dir: str | None = None
+    dataset_dir: Text | None = None
     """Folder with `dataset_info.yaml` or `dataset_info.json` and data files; relative to the recipe file."""
     logging_steps: Steps = 1
     """Optimizer steps between two points of the loss curve."""

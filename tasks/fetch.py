@@ -23,7 +23,7 @@ from tasks.reading import BadRow, RawRow, read_rows
 from tasks.rejects import Rejects
 from tasks.steps import Step, Work
 
-VERSION = 1  # first form
+VERSION = 2  # tools and tool calls of another form than functions are bad rows
 CHUNK_ROWS = 2000
 ROWS, KEPT_BACK = "rows", "kept_back"
 SKIP_CURE = "Mend the rows, or set bad_rows: skip to leave them out."
@@ -108,11 +108,7 @@ def fetch(work: Work) -> dict[str, Any]:
     writer.close()
     if work.identity["bad_rows"] == "fail":
         rejects.raise_if_any("data", SKIP_CURE)
-    if writer.rows == 0:
-        reasons = (
-            ", ".join(f"{count} {reason}" for reason, count in rejects.counts().items()) or "the files hold no rows"
-        )
-        raise InputError(Problem(", ".join(files), f"no usable row: {reasons}", "A data set needs at least one."))
+    _require_rows(work.step, writer.rows, rejects)
     rejects.write(work.output)
     counts: dict[str, Any] = {"rows_read": total, "rows": writer.rows, "left_out": rejects.counts()}
     if "val_size" in work.identity:
@@ -142,7 +138,17 @@ def count_rows(step: Step) -> tuple[int, dict[str, int]]:
             usable += 1
     if step.identity["bad_rows"] == "fail":
         rejects.raise_if_any("data", SKIP_CURE)
+    _require_rows(step, usable, rejects)
+    if "val_size" in step.identity:
+        _kept_back(step.identity["val_size"], usable)
     return usable, rejects.counts()
+
+
+def _require_rows(step: Step, usable: int, rejects: Rejects) -> None:
+    if usable == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.counts().items())
+        rule = f"no usable row: {reasons or 'the files hold no rows'}"
+        raise InputError(Problem(", ".join(step.runtime["files"]), rule, "A data set needs at least one."))
 
 
 def _converted(
@@ -200,6 +206,19 @@ def read_chunks(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
+def _kept_back(val_size: float, rows: int) -> int:
+    """How many rows `val_size` keeps back.
+
+    Raises:
+        InputError: none or all of them.
+    """
+    wanted = round(val_size * rows) if val_size < 1 else int(val_size)
+    if not 0 < wanted < rows:
+        rule = f"val_size {val_size:g} keeps back {wanted} of {rows} rows"
+        raise InputError(Problem("val_size", rule, "At least one row on either side."))
+    return wanted
+
+
 def _keep_back(output: Path, val_size: float, seed: int, rows: int) -> int:
     """Move the rows chosen for evaluation to `kept_back/`.
 
@@ -209,10 +228,7 @@ def _keep_back(output: Path, val_size: float, seed: int, rows: int) -> int:
     Raises:
         InputError: nothing would be left to train on.
     """
-    wanted = round(val_size * rows) if val_size < 1 else int(val_size)
-    if not 0 < wanted < rows:
-        rule = f"val_size {val_size:g} keeps back {wanted} of {rows} rows"
-        raise InputError(Problem("val_size", rule, "At least one row on either side."))
+    wanted = _kept_back(val_size, rows)
     chunks = [pq.read_table(path) for path in read_chunks(output / ROWS)]
     ranks = sorted(
         (hashlib.sha256(f"{seed}:{source}:{row}".encode()).digest(), source, row)

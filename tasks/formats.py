@@ -116,7 +116,7 @@ def _message(turn: Any, tags: Mapping[str, str], where: str) -> dict[str, Any] |
         tags["function_tag"]: "function",
     }
     tag = turn.get(tags["role_tag"])
-    if tag not in roles:
+    if not isinstance(tag, str) or tag not in roles:
         return BadRow("unknown_role", f"{where}.{tags['role_tag']} is {tag!r}; known: {', '.join(roles)}")
     role, content = roles[tag], turn.get(tags["content_tag"])
     calls = turn.get("tool_calls")
@@ -124,6 +124,8 @@ def _message(turn: Any, tags: Mapping[str, str], where: str) -> dict[str, Any] |
         return BadRow("wrong_type", f"{where}.{tags['content_tag']} is {type(content).__name__}, not text")
     if role == "function":  # ShareGPT writes a tool call as a turn of its own, with JSON as its text
         return _function_call(content, where)
+    if calls and not (isinstance(calls, list) and all(map(_is_call, calls))):
+        return BadRow("wrong_type", f"{where}.tool_calls is not a list of calls with a name")
     if content is None and not calls:
         return BadRow("null_field", f"{where}.{tags['content_tag']} is missing or null")
     message: dict[str, Any] = {"role": role, "content": content}
@@ -144,19 +146,25 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(function.get("arguments"), str):
         try:
             function["arguments"] = json.loads(function["arguments"])
-        except ValueError:
+        except (ValueError, RecursionError):
             return {**call, "type": "function", "function": function}
     kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**kept, "type": "function", "function": function}
 
 
+def _is_call(value: Any) -> bool:
+    """Whether a value is the call of a function with a name, bare or under `function`."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
 def _function_call(content: Any, where: str) -> dict[str, Any] | BadRow:
     try:
         parsed = json.loads(content or "")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return BadRow("malformed_json", f"{where}: a function call is JSON ({error})")
     calls = parsed if isinstance(parsed, list) else [parsed]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
+    if not calls or not all(map(_is_call, calls)):
         return BadRow("wrong_type", f"{where}: a function call has a name and arguments")
     return {"role": "assistant", "content": "", "tool_calls": json.dumps([_call(c) for c in calls], ensure_ascii=False)}
 
@@ -168,8 +176,12 @@ def _json_text(value: Any) -> str | BadRow | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return BadRow("malformed_json", f"'tools' is not JSON ({error})")
+    if value and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        return BadRow("wrong_type", "'tools' is not a list of objects")
+    if any(not isinstance(tool.get("function", {}), dict) for tool in value):
+        return BadRow("wrong_type", "the function of a tool is not an object")
     return json.dumps(value, ensure_ascii=False) if value else None
 
 

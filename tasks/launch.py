@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from tasks.locks import check_stop
-from tasks.program import LAUNCHER_PID, Spec
+from tasks.program import LAUNCHER_PID, Spec, disk_full, disk_is_full
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL; below the 30 s after which Prefect kills the flow itself
@@ -171,8 +171,10 @@ def _failure(module: str, spec: Spec, code: int, log_path: Path) -> ProgramFaile
     try:
         cause = json.loads(Path(spec.failure).read_text(encoding="utf-8"))
         return ProgramFailed(cause["kind"], cause["message"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # not written, or not whole: a full disk takes half of it
         tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+    if disk_is_full():
+        return ProgramFailed("disk_full", disk_full(f"{module} ended with exit code {code}"))
     if code < 0:
         why = "for want of memory, or by hand" if code == -9 else "from outside"
         return ProgramFailed("killed", f"{module} was ended by signal {-code} ({why}); its last lines:\n{tail}")

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import InputError
+from registry.home import Home
 
 PR_SET_PDEATHSIG = 1
+FULL_BYTES = 1_000_000  # a disk with less is full: less than any weight file or database page cache needs
 LAUNCHER_PID = "LLAMATUNER_LAUNCHER_PID"  # set by tasks.launch, so that a child can tell that its launcher is gone
 
 
@@ -108,17 +111,27 @@ def classify(error: BaseException) -> tuple[str, str]:
         return error.kind, str(error)
     if isinstance(error, InputError):
         return "bad_setting", str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            "disk_full",
-            f"{error}. Free space under LLAMATUNER_HOME or run `llamatuner artifacts gc`, then run again.",
-        )
     text = f"{type(error).__name__}: {error}"
+    out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if out_of_space or "No space left on device" in text or disk_is_full():
+        return "disk_full", disk_full(str(error))
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return "out_of_memory", text
-    if "No space left on device" in text:
-        return "disk_full", text
     return "unexpected", text
+
+
+def disk_is_full() -> bool:
+    """Whether the home's disk has no room: libraries that cannot write say all sorts of things."""
+    home = Home.default().path
+    return home.exists() and shutil.disk_usage(home).free < FULL_BYTES
+
+
+def disk_full(what: str) -> str:
+    """What failed, the disk and the cure."""
+    return (
+        f"{what}. The disk of {Home.default().path} is full: free space there or run `llamatuner artifacts gc`, "
+        "then run the same command again."
+    )
 
 
 def _write_first(path: Path, text: str) -> None:

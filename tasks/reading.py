@@ -51,15 +51,19 @@ def read_rows(path: Path) -> Iterator[RawRow]:
 
 def _array(path: Path) -> Iterator[RawRow]:
     try:
-        values = json.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        found = json.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        values = [_mapping(value) for value in found]
     except UnicodeDecodeError as error:
         raise InputError(
             Problem(str(path), f"not UTF-8 text at byte {error.start}", "Save the file as UTF-8.")
         ) from error
-    except ValueError as error:
-        raise InputError(Problem(str(path), f"not valid JSON: {error}", "Mend the file.")) from error
+    except json.JSONDecodeError as error:
+        rule = f"not valid JSON: {error.msg} in column {error.colno}"
+        raise InputError(Problem(f"{path}:{error.lineno}", rule, "Mend the file.")) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(Problem(str(path), f"not readable JSON: {error}", "Mend the file.")) from error
     for row, value in enumerate(values):
-        yield RawRow(row, f"row {row}", _mapping(value))
+        yield RawRow(row, f"row {row}", value)
 
 
 def _lines(path: Path) -> Iterator[RawRow]:
@@ -78,11 +82,30 @@ def _parsed(line: bytes) -> dict[str, Any] | BadRow:
         return _mapping(json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         return BadRow("not_utf8", f"byte {error.start} of the line is not UTF-8 text; save the file as UTF-8")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return BadRow("malformed_json", f"not valid JSON ({error})")
 
 
 def _mapping(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict):
-        return value
+        return (
+            value
+            if _writable(value)
+            else BadRow("not_utf8", "half of a surrogate pair (\\ud800 to \\udfff) is no text")
+        )
     return BadRow("not_an_object", f"a row is a JSON object, this is {type(value).__name__}")
+
+
+def _writable(value: Any) -> bool:
+    """Whether every text in a row can be written as UTF-8: an escape in JSON can spell half a character."""
+    if isinstance(value, dict):
+        return all(_writable(key) and _writable(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_writable, value))
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

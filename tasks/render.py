@@ -162,14 +162,24 @@ def _collect(work: Work, chunks: int, total: int) -> dict[str, Any]:
         chunk = work.scratch / f"{number:05d}.parquet"
         rows += pq.read_metadata(chunk).num_rows
         (work.output / "rows" / chunk.name).write_bytes(chunk.read_bytes())
-    if work.identity["bad_rows"] == "fail":
-        cure = "Mend the rows, use another template, or set bad_rows: skip to leave them out."
-        rejects.raise_if_any("chat template", cure)
-    if rows == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.counts().items())
-        raise InputError(Problem(", ".join(files), f"the template can use none of {total} rows: {reasons}"))
+    require_rendered(work.step, rejects, rows)
     rejects.write(work.output)
     for role, count in sorted(lost.items()):
         what = f"the {role}" if role in ("tools", "reasoning") else f"a {role} message"
         work.note(f"the template drops {what} of {count} of {total} rows")
     return {"rows": rows, "left_out": rejects.counts(), "lost": dict(lost)}
+
+
+def require_rendered(step: Step, rejects: Rejects, rows: int) -> None:
+    """End a run that the template leaves without rows, or that wants none left out.
+
+    Raises:
+        InputError: a refused row under `bad_rows: fail`, or no row but refused ones.
+    """
+    if step.identity["bad_rows"] == "fail":
+        cure = "Mend the rows, use another template, or set bad_rows: skip to leave them out."
+        rejects.raise_if_any("chat template", cure)
+    if rows == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.counts().items())
+        rule = f"the template can use none of {len(rejects.rows)} rows: {reasons}"
+        raise InputError(Problem(", ".join(step.runtime["files"]), rule, "Use another template."))

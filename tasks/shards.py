@@ -22,6 +22,7 @@ from registry.records import DataSettings
 from tasks.digests import sha256_file
 from tasks.fetch import read_chunks, write_chunk
 from tasks.fingerprint import fingerprint
+from tasks.jsonlines import read_object
 from tasks.packing import pack
 from tasks.reading import BadRow
 from tasks.rejects import SHOWN, Rejects
@@ -108,7 +109,7 @@ def added_bos(tokenizer: Tokenizer, folder: Path) -> tuple[str, int] | None:
     """Text and id of the BOS that the tokenizer puts in front by itself; None when it puts none."""
     added = tokenizer.encode("x", add_special_tokens=True).ids
     plain = tokenizer.encode("x", add_special_tokens=False).ids
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "tokenizer_config.json")
     bos = config.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     bos_id = tokenizer.token_to_id(bos) if bos else None
@@ -139,8 +140,16 @@ class RowEncoder:
 
     @classmethod
     def from_step(cls, step: Step, base: Path) -> RowEncoder:
-        """The encoder of a tokenize step."""
-        tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+        """The encoder of a tokenize step.
+
+        Raises:
+            InputError: tokenizer.json is not one.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            problem = Problem(str(base / "tokenizer.json"), f"not a tokenizer: {error}", "Copy the model again.")
+            raise InputError(problem) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         identity = step.identity
@@ -226,15 +235,25 @@ def _kept(work: Work, total: int) -> tuple[pa.Table, Rejects]:
         for row in json.loads(chunk.with_suffix(".json").read_text(encoding="utf-8")):
             rejects.add(files[row["source"]], row["place"], row["row"], BadRow(row["reason"], row["detail"]))
     kept = pa.concat_tables([pq.read_table(chunk) for chunk in chunks])
-    cure = "Raise cutoff_len, or set overlong: truncate to cut rows at the end."
-    if work.identity["overlong"] == "error":
-        rejects.raise_if_any("tokenize", cure)
-    if kept.num_rows == 0:
-        shown = [Problem(f"{r['file']}, {r['place']}", r["detail"]) for r in rejects.rows[:SHOWN]]
-        raise InputError([*shown, Problem("cutoff_len", f"none of {total} rows can be used", cure)], "tokenize")
+    require_fitting(work.step, rejects, kept.num_rows)
     if rejects.rows:
         work.note(f"left out {len(rejects.rows)} of {total} rows: {rejects.counts()}")
     return kept, rejects
+
+
+def require_fitting(step: Step, rejects: Rejects, rows: int) -> None:
+    """End a run that `cutoff_len` leaves without rows, or that wants none left out.
+
+    Raises:
+        InputError: a row too long under `overlong: error`, or no row but those.
+    """
+    cure = "Raise cutoff_len, or set overlong: truncate to cut rows at the end."
+    if step.identity["overlong"] == "error":
+        rejects.raise_if_any("tokenize", cure)
+    if rows == 0:
+        shown = [Problem(f"{r['file']}, {r['place']}", r["detail"]) for r in rejects.rows[:SHOWN]]
+        count = len(rejects.rows)
+        raise InputError([*shown, Problem("cutoff_len", f"none of {count} rows can be used", cure)], "tokenize")
 
 
 def _sequences(rows: pa.Table, groups: list[list[int]]) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
+from registry.core import read_text
 from registry.errors import InputError, Problem
+from tasks.jsonlines import read_object
 from tasks.spans import (
     PROBE_WORDS,
     REASONING_FIELDS,
@@ -74,15 +76,15 @@ class ChatTemplate:
         Raises:
             InputError: no template in the folder, a file that is not JSON, or a template that does not compile.
         """
-        config = _read_json(folder / "tokenizer_config.json")
-        named = {**_read_json(folder / "special_tokens_map.json"), **config}
+        config = read_object(folder / "tokenizer_config.json")
+        named = {**read_object(folder / "special_tokens_map.json"), **config}
         special = tuple((name, _token(named[name])) for name in NAMED_TOKENS if named.get(name))
         added = _added_tokens(folder / "tokenizer.json") or config.get("added_tokens_decoder", {}).values()
         control = frozenset(token["content"] for token in added if token.get("special") and token["content"])
         where = "chat template"
         if text is None:
             where, text = _folder_template(folder, config)
-        _compile(text, DEFAULT_DATE, where)
+        compile_template(text, DEFAULT_DATE, where)
         return cls(text, special, control)
 
     @property
@@ -96,7 +98,7 @@ class ChatTemplate:
 
         None also when probing fails; then every training row is refused with the reason.
         """
-        shape = self._shape
+        shape = self.shape
         return None if isinstance(shape, Refusal) else shape.ending.strip() or None
 
     def identity(self) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class ChatTemplate:
             marked = self._marked(messages, tools, text)
         except TemplateFailure as error:
             return Refusal("template_error", f"the template refuses the conversation: {error}")
-        shape = self._shape
+        shape = self.shape
         if isinstance(shape, Refusal):
             return shape
 
@@ -193,7 +195,8 @@ class ChatTemplate:
         return Scanner(self.control_tokens)
 
     @cached_property
-    def _shape(self) -> Shape | Refusal:
+    def shape(self) -> Shape | Refusal:
+        """What probing learns about the template; a refusal is that of every training row."""
         tokens = self.control_tokens | {token for _, token in self.special_tokens if token}
         return learn(lambda messages, prompt: self._draw(messages, None, prompt), Scanner(tokens))
 
@@ -213,7 +216,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _compile(self.text, self._date, "chat template").render(variables)
+            return compile_template(self.text, self._date, "chat template").render(variables)
         except InputError:
             raise
         except Exception as error:  # the template is a stranger's program: it can raise anything
@@ -338,7 +341,7 @@ def _to_json(
 
 
 @lru_cache(maxsize=32)
-def _compile(text: str, date: str, where: str) -> jinja2.Template:
+def compile_template(text: str, date: str, where: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -352,22 +355,17 @@ def _compile(text: str, date: str, where: str) -> jinja2.Template:
     }
     try:
         return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        problem = Problem(f"{where}:{error.lineno}", f"the chat template does not compile: {error.message}")
+    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        rule = f"the chat template does not compile: {getattr(error, 'message', error)}"
+        problem = Problem(f"{where}:{getattr(error, 'lineno', 1)}", rule)
         raise InputError(problem) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(Problem(str(path), f"is not JSON: {error}")) from error
-
-
 def _token(value: Any) -> str:
-    return value["content"] if isinstance(value, Mapping) else value
+    token = value.get("content") if isinstance(value, Mapping) else value
+    if not isinstance(token, str):
+        raise InputError(Problem("tokenizer_config.json", f"{value!r} is not a special token", "Copy the model again."))
+    return token
 
 
 def _added_tokens(path: Path) -> list[dict[str, Any]]:
@@ -386,7 +384,7 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]
     """File and text of a folder's own template."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return str(path), path.read_text(encoding="utf-8")
+        return str(path), read_text(path)
     path, found = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}.get("default")

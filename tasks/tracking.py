@@ -55,13 +55,14 @@ class Tracker:
                 return action(self._connect())
             except Exception as error:  # noqa: BLE001 - whatever MLflow or its server raises must not end training
                 self._dead = True
-                self._say(f"MLflow tracking stopped: {type(error).__name__}: {error}. The run itself goes on.")
+                first = next(iter(str(error).splitlines()), "")  # SQL statements and their parameters follow
+                self._say(f"MLflow tracking stopped: {type(error).__name__}: {first}. The run itself goes on.")
                 return None
 
     def _connect(self) -> Any:
         if self._client is None:
             os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said by us
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
             from mlflow.tracking import MlflowClient

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -169,12 +171,13 @@ def run_app(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     from registry.errors import InputError
 
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         result: Any = app(arguments, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except InputError as error:
         say_error(str(error))
-        return BAD_INPUT
+        return _bad_input(str(error), [asdict(problem) for problem in error.problems], as_json)
     except KeyboardInterrupt:
         say_error("interrupted")
         return INTERRUPTED
@@ -183,15 +186,23 @@ def run_app(arguments: list[str] | None = None) -> int:
     except typer.Exit as end:
         return end.exit_code
     except Exception as error:  # noqa: BLE001 - the last line of defence shows every fault and its exit code
-        return _unusable(error)
+        return _unusable(error, as_json)
 
 
-def _unusable(error: Exception) -> int:
+def _bad_input(error: str, problems: list[dict[str, str]], as_json: bool) -> int:
+    """The exit code of bad input; with `--json` the error is also the one line of standard output."""
+    if as_json:
+        print_json({"status": "failed", "error": error, "problems": problems})
+    return BAD_INPUT
+
+
+def _unusable(error: Exception, as_json: bool) -> int:
     """Click's usage errors end with 2 in its own words; anything else is a fault of ours and shows where."""
     show = getattr(error, "show", None)
     if callable(show):
         show()
-        return BAD_INPUT
+        rule = str(getattr(error, "format_message", error.__str__)())
+        return _bad_input(rule, [{"where": "command line", "rule": rule, "cure": "See --help."}], as_json)
     import traceback
 
     traceback.print_exc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from typing import Any
 
@@ -53,7 +54,9 @@ def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
     from flows.preflight import preflight
     from registry.loading import load_recipe
     from tasks.artifacts import Store
+    from tasks.checking import count_usable
     from tasks.fetch import count_rows
+    from tasks.steps import LocalFolder
 
     console = people(as_json)
     recipe = load_recipe(name, overrides)
@@ -67,6 +70,10 @@ def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
             data[step.title] = {"rows": usable, "left_out": left_out}
             report = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             console.print(Text(f"{step.title}: {usable} rows" + (f", left out: {report}" if report else "")))
+    for step in pipeline.steps:
+        base = step.inputs["base"].source if step.kind == "tokenize" else None
+        if isinstance(base, LocalFolder):  # else the model's template and tokenizer are not here yet
+            data[step.title] = count_usable(step, base.path)
     for stage in recipe.stages:
         batch = stage.train
         console.print(
@@ -200,11 +207,12 @@ def show_environment(as_json: bool) -> None:
 
 
 def without_credentials(url: str) -> str:
-    """A URL without user and password.
+    """A URL without user, password and query, which can hold one too.
 
-    >>> without_credentials("https://me:secret@host/api")
+    >>> without_credentials("https://me:secret@host/api?password=secret")
     'https://host/api'
     """
     scheme, sign, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{sign}{host.rpartition('@')[2]}{slash}{path}"
+    if not scheme.startswith("sqlite"):  # which is a path, whatever characters it has
+        rest = re.split("[?#]", rest.rpartition("@")[2])[0]
+    return f"{scheme}{sign}{rest}"

@@ -31,9 +31,10 @@ def run_recipe(name: str, overrides: list[str], as_json: bool, strict_versions: 
     lines = plan(pipeline, Store(home))
     if all(line.state == "cached" for line in lines) and not any(record.died() for record in records(home)):
         return _up_to_date(pipeline, lines, home, console, as_json)
-    from flows.preflight import preflight
+    from flows.preflight import preflight, require_rows
 
     preflight(pipeline, lines, home)
+    require_rows(lines)
     return _run(pipeline, lines, home, console, as_json)
 
 
@@ -90,7 +91,7 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
     if status == "cancelled":
         return INTERRUPTED
     if error is not None:
-        say_error(str(error))
+        say_error(str(session.error_text()))
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     return DONE if status == "completed" else FAILED
 
@@ -116,6 +117,8 @@ def _flow(session: Any) -> str:
             pipeline(dict(session.pipeline.recipe.raw), None, session.pipeline.recipe.name, return_state=True)
     except (KeyboardInterrupt, TerminationSignal):
         session.stop.set()  # a second signal, or one that met Prefect's handler: what is open is closed below
+    except Exception as error:  # noqa: BLE001 - the flow's own failures come back as a state: this is Prefect's API
+        session.failed.setdefault("prefect", error)
     finally:
         SESSION.reset(token)
         _deliver_logs()

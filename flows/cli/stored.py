@@ -72,13 +72,18 @@ def explain_artifact(key: str, as_json: bool) -> None:
     store = Store(Home.default())
     artifact = _find(key, store)
     others = [other for other in store.all() if other.step == artifact.step and other.key != artifact.key]
-    found = [(len(lines), lines, other) for other in others for lines in [_differ(other, artifact)]]
+    label = artifact.manifest["label"]
+    found = [
+        (len(lines), other.manifest["label"] != label, lines, other)
+        for other in others
+        for lines in [_differ(other, artifact)]
+    ]
     console = people(as_json)
     if not found:
         console.print(Text(f"{artifact.step}/{artifact.path.name}: the only one of its step"))
         answer: dict[str, Any] = {"key": artifact.key, "nearest": None, "why": []}
     else:
-        _, lines, other = min(found, key=lambda item: item[0])
+        _, _, lines, other = min(found, key=lambda item: item[:2])  # of equally near ones that of the same data
         console.print(Text(f"{artifact.step}/{artifact.path.name} differs from {other.path.name} in"))
         for line in lines:
             console.print(Text(f"  {line}"))

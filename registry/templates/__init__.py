@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from registry.core import Registry
-from registry.errors import InputError, Problem
+from registry.core import Registry, read_text, user_path
+from registry.errors import InputError, Problem, did_you_mean
 
 AUTO = "auto"
 FOLDER = Path(__file__).parent
@@ -22,9 +22,14 @@ def template_text(name: str, where: str) -> str | None:
     if name == AUTO:
         return None
     if name.endswith(".jinja"):
-        path = Path(name).expanduser()
+        path = user_path(name, where)
+        if path.is_dir():
+            raise InputError(Problem(where, f"{path.absolute()} is a folder, not a template file", "Name the file."))
         if not path.is_file():
             raise InputError(Problem(where, f"the template file {path.absolute()} does not exist", "Check the path."))
     else:
-        path = TEMPLATES.lookup(name, where)
-    return path.read_text(encoding="utf-8")
+        if name not in TEMPLATES:
+            cure = did_you_mean(name, [AUTO, *TEMPLATES])
+            raise InputError(Problem(where, f"{name!r} is not a known template", f"{cure} A file ends in .jinja."))
+        path = TEMPLATES[name]
+    return read_text(path)

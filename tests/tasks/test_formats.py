@@ -126,7 +126,7 @@ def test_lines_keep_their_numbers_when_one_is_torn_or_blank(tmp_path: Path) -> N
 def test_an_array_that_does_not_parse_is_one_error_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1}, {"a"')
-    with pytest.raises(InputError, match=r"rows\.json: not valid JSON"):
+    with pytest.raises(InputError, match=r"rows\.json:1: not valid JSON"):
         list(read_rows(path))
     path.write_bytes(b'[{"a": "\xff"}]')
     with pytest.raises(InputError, match="not UTF-8 text at byte 8"):

@@ -107,6 +107,15 @@ def test_a_failed_step_leaves_no_artifact(store: Store) -> None:
     assert make(step(), store).state == "ran"
 
 
+def test_a_work_folder_left_by_a_kill_after_the_last_rename_is_removed(store: Store) -> None:
+    made = make(step(), store)
+    left = store.work_folder("write", made.artifact.key) / "scratch"
+    left.mkdir(parents=True)
+    again = make(step(), store)
+    assert (again.state, again.artifact.digest) == ("cached", made.artifact.digest)
+    assert not left.parent.exists()
+
+
 @pytest.mark.parametrize("how", ["missing", "shorter", "no manifest", "torn manifest"])
 def test_a_damaged_artifact_is_set_aside_and_made_again(store: Store, how: str) -> None:
     artifact = make(step(text="abc"), store).artifact

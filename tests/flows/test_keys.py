@@ -1,0 +1,194 @@
+"""Every settings field: whose key it changes, and that no field is left without an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.graph import build
+from registry.home import Home
+from registry.loading import load_recipe
+from registry.records import DataSettings, EvaluationSettings, ModelSettings, RuntimeSettings, TrainSettings
+from tasks.artifacts import select
+from tasks.digests import DigestMemory
+from tasks.steps import LocalFolder
+from tests.flows.toy import write_rows
+from tests.tiny import tiny_model
+
+NOTHING: set[str] = set()
+READ, LEFT_OUT = {"fetch"}, {"fetch", "render"}
+TRAINED = {"train"}
+
+# Field → a changed value (FOLDER is where the recipe lies), and the kinds of steps whose own identity, or direct local
+# input, it changes. What hangs on those steps follows by the digests of what they make.
+FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
+    ModelSettings: {
+        "model_name_or_path": ("FOLDER/other_model", {"train", "merge", "evaluate"}),
+        "model_revision": ("v2", NOTHING),  # of a local folder there is one; see the test of hub models below
+        "adapter_name_or_path": ("FOLDER/adapter", TRAINED),
+    },
+    DataSettings: {
+        "dataset": ("FOLDER/more.jsonl", READ),
+        "eval_dataset": ("FOLDER/more.jsonl", {"fetch", "render", "tokenize", "evaluate"}),  # a set more
+        "val_size": (0.25, {"fetch", "render", "tokenize", "evaluate"}),  # another part; a set more
+        "max_samples": (3, READ),
+        "template": ("chatml", {"render", "train", "evaluate"}),
+        "cutoff_len": (99, {"tokenize"}),
+        "overlong": ("truncate", {"tokenize"}),
+        "packing": (True, {"tokenize", "train"}),
+        "mask_history": (True, {"render"}),
+        "bad_rows": ("skip", LEFT_OUT),
+    },
+    TrainSettings: {
+        "stage": ("sft", NOTHING),  # the only one yet
+        "finetuning_type": ("full", {"train", "merge"}),
+        "lora_rank": (5, TRAINED),
+        "lora_alpha": (7, TRAINED),
+        "lora_dropout": (0.5, TRAINED),
+        "lora_target": (["q_proj"], TRAINED),
+        "per_device_train_batch_size": (2, TRAINED),
+        "gradient_accumulation_steps": (2, TRAINED),
+        "nproc_per_node": (2, TRAINED),
+        "learning_rate": (1e-3, TRAINED),
+        "num_train_epochs": (1.0, TRAINED),
+        "max_steps": (9, TRAINED),
+        "lr_scheduler_type": ("cosine", TRAINED),
+        "warmup_ratio": (0.5, TRAINED),
+        "weight_decay": (0.1, TRAINED),
+        "max_grad_norm": (0.5, TRAINED),
+        "seed": (1, TRAINED),  # and fetch, where rows are kept back
+        "bf16": (True, {"train", "evaluate"}),
+    },
+    EvaluationSettings: {
+        "perplexity": (["FOLDER/more.jsonl", "FOLDER/train.jsonl"], {"fetch", "render", "tokenize", "evaluate"}),
+        "questions": (["what?"], {"evaluate"}),
+        "max_new_tokens": (5, {"evaluate"}),
+        "compare_with": ("none", {"evaluate"}),  # the base is not measured
+    },
+    RuntimeSettings: {
+        "dataset_dir": ("FOLDER", NOTHING),
+        "logging_steps": (7, NOTHING),
+        "save_steps": (7, NOTHING),
+        "save_total_limit": (7, NOTHING),
+        "per_device_eval_batch_size": (7, NOTHING),
+    },
+}
+CASES = [(record, name, *case) for record, table in FIELDS.items() for name, case in table.items()]
+
+Identities = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, an adapter, and three data files."""
+    folder = tmp_path_factory.mktemp("keys")
+    for seed, name in enumerate(("model", "other_model")):
+        tiny_model(folder / name, seed)
+    for count, name in enumerate(("train", "held_out", "more"), start=8):
+        write_rows(folder / f"{name}.jsonl", count, name)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def identities(
+    folder: Path, stage: dict[str, Any] | None = None, evaluation: dict[str, Any] | None = None
+) -> Identities:
+    """Step title → all that enters its key from settings and from folders; what other steps make is left out."""
+    model = {} if "model_name_or_path" in (stage or {}) else {"model_name_or_path": str(folder / "model")}
+    raw = {
+        "name": "keys",
+        **model,
+        "stages": {"sft": {"stage": "sft", "dataset": str(folder / "train.jsonl"), **(stage or {})}},
+        "evaluation": {"perplexity": [str(folder / "held_out.jsonl")], "questions": ["who?"], **(evaluation or {})},
+    }
+    home = Home.open()
+    memory = DigestMemory(home.digests)
+    found: Identities = {}
+    for step in build(load_recipe(raw), home).steps:
+        local = {
+            name: select(memory.files(wanted.source.path), wanted.part)
+            for name, wanted in step.inputs.items()
+            if isinstance(wanted.source, LocalFolder)
+        }
+        found[step.title] = (step.kind, step.identity, local, sorted(step.inputs), step.version, step.packages)
+    return found
+
+
+def changed(before: Identities, after: Identities) -> set[str]:
+    """The kinds of steps that differ, came or went."""
+    titles = {title for title in before.keys() | after.keys() if before.get(title) != after.get(title)}
+    return {(before | after)[title][0] for title in titles}
+
+
+def placed(value: Any, folder: Path) -> Any:
+    """A value of the table with FOLDER replaced."""
+    if isinstance(value, list):
+        return [placed(item, folder) for item in value]
+    return value.replace("FOLDER", str(folder)) if isinstance(value, str) else value
+
+
+def test_the_table_has_every_field() -> None:
+    assert {record: set(table) for record, table in FIELDS.items()} == {
+        record: set(record.model_fields) for record in FIELDS
+    }
+    assert len(CASES) == 40
+
+
+@pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
+def test_a_field_changes_these_keys_and_no_others(
+    folder: Path, record: type, name: str, value: Any, kinds: set[str]
+) -> None:
+    setting = {name: placed(value, folder)}
+    after = identities(folder, evaluation=setting) if record is EvaluationSettings else identities(folder, setting)
+    assert changed(identities(folder), after) == kinds
+
+
+def test_a_hub_model_counts_by_name_and_revision(folder: Path) -> None:
+    hub = {"model_name_or_path": "owner/model"}
+    assert changed(identities(folder, hub), identities(folder, hub | {"model_revision": "v2"})) == {"model"}
+    demo = {"model_name_or_path": "smollm2-135m-instruct"}
+    same = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    assert changed(identities(folder, demo), identities(folder, same)) == NOTHING
+
+
+def test_the_seed_counts_for_the_rows_kept_back(folder: Path) -> None:
+    kept = {"val_size": 2}
+    assert changed(identities(folder, kept), identities(folder, kept | {"seed": 1})) == {"fetch", "train"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"lora_alpha": 16}),
+        ({"lora_rank": 4}, {"lora_rank": 4, "lora_alpha": 8}),
+        ({"max_steps": 5}, {"max_steps": 5, "num_train_epochs": 1.0}),
+        ({}, {"max_steps": -1}),
+        ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}),
+        ({"lora_target": "q_proj, k_proj"}, {"lora_target": ["q_proj", "k_proj"]}),
+        ({"num_train_epochs": 2}, {"num_train_epochs": 2.0}),
+        ({"val_size": 0}, {"val_size": 0.0}),
+        ({"cutoff_len": 64}, {"model_max_length": 64}),
+    ],
+)
+def test_settings_that_mean_the_same_have_the_same_keys(
+    folder: Path, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert changed(identities(folder, one), identities(folder, other)) == NOTHING
+
+
+def test_lora_settings_are_not_in_the_key_of_full_tuning(folder: Path) -> None:
+    identity = identities(folder, {"finetuning_type": "full"})["sft/train"][1]
+    assert [name for name in identity["train"] if name.startswith("lora")] == []
+
+
+def test_files_of_other_names_with_the_same_bytes_change_nothing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
+    assert changed(identities(folder), identities(folder, {"dataset": str(tmp_path / "copy.jsonl")})) == NOTHING
+
+
+def test_more_rows_than_max_samples_take_the_whole_file_and_are_still_another_key(folder: Path) -> None:
+    # what comes out is the same bytes: the steps behind stay hits by their inputs' digests
+    assert changed(identities(folder), identities(folder, {"max_samples": 8})) == READ
