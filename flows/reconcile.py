@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from flows.run_records import RunRecord, records
 from registry.home import Home
 from tasks.tracking import end_dead_run
+
+SETTLE_SECONDS = 10.0
 
 
 def reconcile(home: Home, say: Callable[[str], None]) -> None:
@@ -20,17 +23,19 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
     for record in records(home):
         if not record.died():
             continue
-        _close(home, record, say)
-        record.end("crashed")  # last: whoever is killed before it leaves the rest to the next run
-        say(f"run {record.values['id']} ended without a word; it is marked crashed")
+        if _closed(home, record, say):
+            record.end("crashed")  # last: whoever is killed before it leaves the rest to the next run
+            say(f"run {record.values['id']} ended without a word; it is marked crashed")
 
 
-def _close(home: Home, record: RunRecord, say: Callable[[str], None]) -> None:
+def _closed(home: Home, record: RunRecord, say: Callable[[str], None]) -> bool:
     try:
         end_dead_run(home, record.values["id"], "KILLED")
         _crash_flow_runs(record)
     except Exception as error:  # noqa: BLE001 - another run's leftovers must not stop this one; what failed is said
         say(f"run {record.values['id']} could not be closed everywhere: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def run_tag(record: RunRecord) -> str:
@@ -38,19 +43,54 @@ def run_tag(record: RunRecord) -> str:
     return f"run:{record.values['id']}"
 
 
+def settle(record: RunRecord, say: Callable[[str], None]) -> None:
+    """Wait until Prefect's API has the last words of a run: its log lines, and how its tasks ended.
+
+    Task states travel as events, behind the run's back, and the server writes them in batches. A server that is ended
+    before they are in shows a finished task as running for ever.
+
+    Args:
+        record: of the run.
+        say: told when the API is not there any more, or has not heard everything in time.
+    """
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler().flush()
+    deadline = time.monotonic() + SETTLE_SECONDS
+    try:
+        with get_client(sync_client=True) as client:
+            while unheard := _unheard(client.read_task_runs(flow_run_filter=_tagged(record))):
+                if time.monotonic() > deadline:
+                    say(f"Prefect has not heard how these ended: {', '.join(unheard)}")
+                    return
+                time.sleep(0.1)
+    except HTTPError as error:
+        say(f"Prefect's API could not be asked how the run ended: {type(error).__name__}: {error}")
+
+
+def _unheard(task_runs: list[Any]) -> list[str]:
+    """Names of the tasks that have begun and not ended, as far as the API knows."""
+    return [run.name for run in task_runs if run.state and (run.state.is_running() or run.state.name == "Pending")]
+
+
+def _tagged(record: RunRecord) -> Any:
+    """Prefect's filter for the flow runs of a record."""
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    return FlowRunFilter.model_validate({"tags": {"all_": [run_tag(record)]}})
+
+
 def _crash_flow_runs(record: RunRecord) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter
     from prefect.states import Crashed
 
     crashed: Any = Crashed(message="The process died without a word.")
-    tagged = FlowRunFilter.model_validate({"tags": {"all_": [run_tag(record)]}})
     with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=tagged):
-            for task_run in client.read_task_runs(
-                flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
-            ):
-                if task_run.state and not task_run.state.is_final():
-                    client.set_task_run_state(task_run.id, crashed, force=True)
+        for task_run in client.read_task_runs(flow_run_filter=_tagged(record)):
+            if task_run.state and not task_run.state.is_final():
+                client.set_task_run_state(task_run.id, crashed, force=True)
+        for run in client.read_flow_runs(flow_run_filter=_tagged(record)):
             if run.state and not run.state.is_final():
                 client.set_flow_run_state(run.id, crashed, force=True)

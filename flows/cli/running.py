@@ -96,20 +96,13 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
     return DONE if status == "completed" else FAILED
 
 
-def _deliver_logs() -> None:
-    """Wait until Prefect's API has the last log lines: its server is ended next."""
-    from prefect.logging.handlers import APILogHandler
-
-    APILogHandler().flush()
-
-
 def _flow(session: Any) -> str:
     """Run the flow with this session; the status the session ended with."""
     from prefect import tags
     from prefect.exceptions import TerminationSignal
 
     from flows.pipeline import SESSION, pipeline
-    from flows.reconcile import run_tag
+    from flows.reconcile import run_tag, settle
 
     token = SESSION.set(session)
     try:
@@ -121,7 +114,7 @@ def _flow(session: Any) -> str:
         session.failed.setdefault("prefect", error)
     finally:
         SESSION.reset(token)
-        _deliver_logs()
+        settle(session.record, session.view.say)
         if session.record.values["status"] == "running":  # Prefect itself failed before the flow's body ran
             session.finish()
     return str(session.record.values["status"])

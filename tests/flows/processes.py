@@ -106,8 +106,8 @@ def require_nothing_open(home: Path) -> None:
     """
     assert "RUNNING" not in mlflow_states(home)
     assert "RUNNING" not in prefect_states(home)
-    tasks = _column(home / "prefect" / "prefect.db", "SELECT state_type FROM task_run")
-    assert "RUNNING" not in tasks
+    running = "SELECT flow_run_id || ' ' || name FROM task_run WHERE state_type = 'RUNNING' OR state_name = 'Pending'"
+    assert _column(home / "prefect" / "prefect.db", running) == []
     assert "running" not in record_states(home)
     assert list((home / "work").iterdir()) == []
     for path in (home / "locks").iterdir():
