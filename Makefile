@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install lock clean help
+.PHONY: demo test lint install lock clean help bench-data
 
 help:
 	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time about 8 minutes on 2 cores)"
 	@echo "make test   run the whole test suite"
 	@echo "make lint   ruff and mypy"
+	@echo "make bench-data   time data preparation beside TRL's (about 6 minutes; needs the oracle folder)"
 	@echo "make lock   write requirements.lock anew from what pyproject.toml allows"
 
 install:
@@ -24,6 +25,9 @@ lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+bench-data: install
+	@$(BIN)/python -m tests.benchmarks.data $(BENCH)
 
 lock:
 	@$(PYTHON) deployments/lock.py

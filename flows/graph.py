@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from registry.home import Home
 from registry.recipe import Recipe, StageSettings
-from registry.stages import METHODS
+from registry.stages import METHODS, STAGES
 from tasks.digests import DigestMemory
 from tasks.evaluation import evaluate_step
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
@@ -17,7 +18,7 @@ from tasks.steps import Input, LocalFolder, Step, require_folder, upstream
 from tasks.training import merge_step, train_step
 
 BASE = "base"
-DATA_STEPS = ("model", "fetch", "render", "tokenize")
+DATA_STEPS = ("model", "download", "fetch", "render", "tokenize")
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,11 @@ def build_strict(pipeline: Pipeline) -> Pipeline:
 def _stage(recipe: Recipe, settings: StageSettings, base: Input, base_name: str, memory: DigestMemory) -> StageSteps:
     stage, data, train = settings.name, settings.data, settings.train
     label = f"{recipe.name}-{stage}"
-    fetched = fetch_step(stage, "fetch", settings.sources, data, train.seed, memory, split=True)
+    shape, runtime = STAGES[train.stage].shape, settings.runtime
+    fetched = fetch_step(stage, "fetch", settings.sources, data, runtime, shape, train.seed, memory, split=True)
     rendered = render_step(stage, "render", fetched, ROWS, base, data, settings.template)
-    tokenized = tokenize_step(stage, "tokenize", rendered, base, data, packing=data.packing)
+    mixture = _mixture(settings)
+    tokenized = tokenize_step(stage, "tokenize", rendered, base, data, data.packing, mixture)
     held_out = _held_out(settings, fetched, base, memory)
     adapter = _adapter(settings)
     trained = train_step(label, base, base_name, tokenized, adapter, settings)
@@ -118,14 +121,27 @@ def _stage(recipe: Recipe, settings: StageSettings, base: Input, base_name: str,
     return StageSteps(settings, rendered, tokenized, trained, model, held_out, evaluated)
 
 
+def _mixture(settings: StageSettings) -> dict[str, Any] | None:
+    """How the data sets of a stage are mixed; None: every row once, in order."""
+    data, sources = settings.data, settings.sources
+    repeats = [source.repeat for source in sources]
+    if data.mix_strategy == "concat" or len(sources) == 1:
+        return {"strategy": "concat", "repeats": repeats} if max(repeats) > 1 else None
+    shares = list(data.interleave_probs) or [source.weight for source in sources]
+    mixture = {"strategy": data.mix_strategy, "repeats": repeats, "probabilities": shares}
+    return mixture | {"seed": settings.train.seed}
+
+
 def _held_out(settings: StageSettings, fetched: Step, base: Input, memory: DigestMemory) -> dict[str, Step]:
     """Held-out data sets, each by its own name, and the rows kept back by `val_size` as `validation`."""
-    stage, data = settings.name, settings.data
+    stage, data, train, runtime = settings.name, settings.data, settings.train, settings.runtime
+    shape = STAGES[train.stage].shape
     parts: dict[str, tuple[Step, str]] = {}
     if data.val_size:
         parts["validation"] = (fetched, KEPT_BACK)
     for source in settings.eval_sources:
-        step = fetch_step(stage, f"fetch:{source.name}", (source,), data, settings.train.seed, memory, split=False)
+        name = f"fetch:{source.name}"
+        step = fetch_step(stage, name, (source,), data, runtime, shape, train.seed, memory, split=False)
         parts[source.name] = (step, ROWS)
     held_out = {}
     for name, (step, part) in parts.items():

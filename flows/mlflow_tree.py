@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from flows.graph import BASE, Pipeline, StageSteps
 from tasks.evaluation import read_results
 from tasks.jsonlines import read_json_lines
+from tasks.statistics import STATISTICS, statistics_picture
 from tasks.steps import Outcome, Step
 from tasks.tracking import RUN_TAG, Tracker
 
@@ -74,7 +76,13 @@ class MlflowTree:
         names = {v.title: k for k, v in stage.held_out.items()}
         name = names[step.title] if held_out else ", ".join(s.name for s in stage.settings.sources)
         source = json.dumps({"files": step.runtime["files"], "artifact": f"tokenize/{outcome.artifact.path.name}"})
-        self._tracker.inputs(self.stage_runs[step.stage], {name: (source, outcome.artifact.digest)}, context)
+        run_id, artifact = self.stage_runs[step.stage], outcome.artifact
+        self._tracker.inputs(run_id, {name: (source, artifact.digest)}, context)
+        # a name may be a path; the number keeps two names apart that are the same without their odd characters
+        number = list(names).index(step.title) if held_out else 0
+        folder = f"tokenize/{number}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}" if held_out else "tokenize"
+        self._tracker.file(run_id, artifact.path / STATISTICS, folder)
+        self._tracker.content(run_id, lambda: statistics_picture(step, artifact), f"{folder}/statistics.png")
 
     def _trained(self, run_id: str | None, outcome: Outcome) -> None:
         artifact = outcome.artifact

@@ -22,6 +22,7 @@ from flows.session import Session
 from flows.view import duration, numbers
 from tasks.artifacts import Artifact
 from tasks.preview import marked, read_rendered
+from tasks.statistics import statistics_picture
 from tasks.steps import Step
 
 PROGRESS_SECONDS = 3.0  # between two updates; each is a write to Prefect's database
@@ -70,13 +71,17 @@ def plan_page(lines: list[PlannedStep]) -> None:
 
 
 def step_page(step: Step, artifact: Artifact) -> None:
-    """The loss curve of a training."""
+    """The loss curve of a training; lengths of rows, and what is trained of them, of a tokenize step."""
     curve = artifact.path / "report" / "loss.png"
     if step.kind == "train" and curve.is_file():
-        data = base64.b64encode(curve.read_bytes()).decode()
-        create_image_artifact(
-            f"data:image/png;base64,{data}", key=_key(f"{step.stage}-loss"), description="Training loss"
-        )
+        _image(curve.read_bytes(), f"{step.stage}-loss", "Training loss")
+    if step.kind == "tokenize":
+        _image(statistics_picture(step, artifact), f"{step.title}-statistics", f"{step.title}: lengths of rows")
+
+
+def _image(png: bytes, key: str, description: str) -> None:
+    data = base64.b64encode(png).decode()
+    create_image_artifact(f"data:image/png;base64,{data}", key=_key(key), description=description)
 
 
 def preview_page(stage: StageSteps, artifact: Artifact) -> None:

@@ -10,7 +10,7 @@ from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.models import MODELS
 from tasks.devices import cuda_devices, require_bf16
-from tasks.fetch import count_rows
+from tasks.fetch import count_usable_rows
 from tasks.render import RowRenderer
 from tasks.steps import LocalFolder
 from tasks.template import DEFAULT_DATE, Refusal, compile_template
@@ -63,13 +63,14 @@ def require_rows(lines: list[PlannedStep]) -> None:
         InputError: as the fetch steps would, for all of them at once.
     """
     waiting = [line.step for line in lines if line.step.kind == "fetch" and line.state != "cached"]
-    files = {Path(file) for step in waiting for file in step.runtime["files"]}
+    waiting = [step for step in waiting if not step.inputs]  # files that have to be downloaded first cannot be read now
+    files = {Path(file) for step in waiting for files in step.runtime["files"] for file in files}
     if sum(path.stat().st_size for path in files) > READ_BYTES:
         return
     problems: list[Problem] = []
     for step in waiting:
         try:
-            count_rows(step)
+            count_usable_rows(step)
         except InputError as error:
             problems += error.problems
     if problems:
@@ -85,11 +86,12 @@ def _template_problems(lines: list[PlannedStep]) -> list[Problem]:
         base = line.step.inputs["base"].source
         try:
             if isinstance(base, LocalFolder):
-                shape = RowRenderer.from_step(line.step, base.path).template.shape
+                template = RowRenderer(line.step.identity, base.path).template
+                shape = template.shape if template else None
                 if isinstance(shape, Refusal):
                     rule = f"no row can be trained on with it: {shape.detail} [{shape.reason}]"
                     problems.append(Problem("chat template", rule, "Use another one, see `llamatuner list templates`."))
-            elif line.step.identity["template"] is not None:
+            elif line.step.identity.get("template") is not None:
                 compile_template(line.step.identity["template"], DEFAULT_DATE, "chat template")
         except InputError as error:
             problems += error.problems

@@ -1,24 +1,21 @@
-"""Data sets by name, by file, or by a user's `dataset_info.yaml` / `dataset_info.json`.
+"""What a data set is once it has been found: the vocabulary of its entry, and one record for later steps.
 
-One decision: the vocabulary of an entry is LLaMA-Factory's and LLamaTuner's (`file_name`, `formatting`, `columns`,
-`tags`), read as it is; an entry resolves to one `DataSource`, the only thing later steps see.
+One decision: the vocabulary is LLaMA-Factory's and LLamaTuner's (`file_name`, `formatting`, `columns`, `tags`), read
+as it is; whatever a recipe writes (a name, a file, a hub id, a mapping) becomes one `DataSource`, the only thing later
+steps see. `registry.data_registry` finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from registry.core import Registry, read_text, read_yaml, user_path
-from registry.errors import InputError, Problem, did_you_mean
+from registry.errors import InputError, Problem
 
-SHIPPED = Path(__file__).with_name("datasets.yaml")
-INFO_FILES = ("dataset_info.yaml", "dataset_info.yml", "dataset_info.json")
-SUFFIXES = (".json", ".jsonl")
-FORMATS = ("alpaca", "sharegpt", "openai")
+FORMATS = ("alpaca", "sharegpt", "openai", "transcript", "text")
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
 CHAT = {"messages": "conversations", "system": "system", "tools": "tools"}
 TAGS = {
@@ -37,7 +34,105 @@ OPENAI_TAGS = TAGS | {
     "assistant_tag": "assistant",
     "observation_tag": "tool",
 }
-ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "licence", "description", "num_samples")
+COLUMNS = (
+    *("prompt", "query", "response", "history", "system", "tools", "messages", "text"),
+    *("chosen", "rejected", "ranked", "margin", "kto_tag", "instances"),
+)
+TAG_NAMES = (*TAGS, "answer_tag", "rank_tag", "score_tag")
+MEDIA = ("images", "videos", "audios")
+"""Columns of LLaMA-Factory's vocabulary that are refused: the models here read text."""
+SPLIT = re.compile(r"(?P<split>[\w.-]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """A range of rows as Hugging Face writes it: `[10:20]`, `[:10%]`, `[-100:]`."""
+
+    start: int | None = None
+    """First row, or percent; negative from the end; None: the first."""
+    stop: int | None = None
+    """Row, or percent, behind the last; negative from the end; None: all of them."""
+    start_percent: bool = False
+    stop_percent: bool = False
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the range can be known only when all rows have been counted."""
+        percent = (self.start_percent and self.start not in (None, 0)) or self.stop_percent
+        return percent or (self.start or 0) < 0 or (self.stop or 0) < 0
+
+    def bounds(self, total: int) -> tuple[int, int]:
+        """First row and row behind the last among `total`; percents to the nearest row, as `datasets` rounds them.
+
+        >>> RowSlice(stop=10, stop_percent=True).bounds(25), RowSlice(start=-5).bounds(25)
+        ((0, 2), (20, 25))
+        """
+
+        def place(value: int | None, percent: bool, default: int) -> int:
+            if value is None:
+                return default
+            rows = round(value * total / 100) if percent else value
+            return min(max(rows + total if rows < 0 else rows, 0), total)
+
+        start = place(self.start, self.start_percent, 0)
+        return start, max(start, place(self.stop, self.stop_percent, total))
+
+
+def parse_split(text: str, where: str) -> tuple[str | None, RowSlice | None]:
+    """A split and the range of its rows.
+
+    >>> parse_split("train[:10%]", "")
+    ('train', RowSlice(start=None, stop=10, start_percent=False, stop_percent=True))
+
+    Raises:
+        InputError: not of that form, or a range that can hold no row.
+    """
+    match = SPLIT.fullmatch(text.strip())
+    cure = "E.g. train, train[:1000], train[10%:20%] or test[-100:]; for two splits name the data set twice."
+    if not match or not text.strip():
+        raise InputError(Problem(where, f"{text!r} is not a split", cure))
+    split = match["split"] or None
+    if "[" not in text:
+        return split, None
+    bounds = (match["start"], match["stop"])
+    start, stop = (int(bound.rstrip("%")) if bound else None for bound in bounds)
+    start_percent, stop_percent = (bool(bound) and bound.endswith("%") for bound in bounds)
+    if (start_percent and abs(start or 0) > 100) or (stop_percent and abs(stop or 0) > 100):
+        raise InputError(Problem(where, f"{text!r} is more than 100 percent", cure))
+    comparable = start is not None and stop is not None and start_percent == stop_percent and (start < 0) == (stop < 0)
+    if stop == 0 or (comparable and (start or 0) >= (stop or 0)):
+        raise InputError(Problem(where, f"{text!r} holds no row", cure))
+    rows = RowSlice(start, stop, start_percent, stop_percent)
+    return split, rows
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where the files of a data set are downloaded from."""
+
+    kind: Literal["hub", "modelscope", "url"]
+    """Hugging Face hub, ModelScope, or one file by its URL."""
+    address: str
+    """`owner/name`, or the URL."""
+    subset: str | None = None
+    """Configuration of the repository; None: its default one."""
+    split: str | None = None
+    """Split of the subset; None: `train`, or the only one there is."""
+    revision: str | None = None
+    """Branch, tag or commit; None: the default branch."""
+    folder: str | None = None
+    """Folder of the repository to look in; None: all of it."""
+
+    def identity(self) -> dict[str, Any]:
+        """What is downloaded, as plain JSON values: the identity of the download step."""
+        return {
+            "kind": self.kind,
+            "address": self.address,
+            "subset": self.subset,
+            "split": self.split,
+            "revision": self.revision,
+            "folder": self.folder,
+        }
 
 
 @dataclass(frozen=True)
@@ -46,131 +141,28 @@ class DataSource:
 
     name: str
     """For people; never part of a key."""
-    file: Path
-    formatting: str | None
-    """`alpaca`, `sharegpt` or `openai`; None: found from the columns of the first row."""
+    files: tuple[Path, ...] = ()
+    """The files on this machine, in order; empty for a remote one."""
+    remote: Remote | None = None
+    """What has to be downloaded first; None for files on this machine."""
+    formatting: str | None = None
+    """One of `FORMATS`; None: found from the columns of the first row."""
+    ranking: bool = False
+    """Rows have a preferred and a rejected answer."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Our column name → the file's, where it differs from the format's own."""
+    """Our column name → the file's, as the entry says. When it names any, those it does not name are not read, as in
+    LLaMA-Factory; empty: the names of the format."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Role and content keys of a message, where they differ from the format's own."""
     num_samples: int | None = None
-    """Most rows to take, in file order."""
-    description: str = ""
+    """Most rows to take, in order, over all files; the entry's word."""
+    slice: RowSlice | None = None
+    """Range of rows, over all files, before anything else is left out."""
+    weight: float = 1.0
+    """Share of the mixture, relative to those of the other data sets."""
+    max_rows: int | None = None
+    """Most rows to take, in order, over all files; the recipe's word."""
+    repeat: int = 1
+    """How many times its rows are seen in one epoch."""
     licence: str = ""
-
-
-def _entries(path: Path) -> Iterator[tuple[str, DataSource]]:
-    """The entries of one dataset_info file.
-
-    Raises:
-        InputError: every entry that cannot be used.
-    """
-    raw = read_yaml(read_text(path), str(path))
-    if not isinstance(raw, dict):
-        raise InputError(Problem(str(path), "a data set registry is a mapping of names to entries"))
-    problems: list[Problem] = []
-    sources = []
-    for name, entry in raw.items():
-        where = f"{path}: {name}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-            # Hub entries of such a file are no error until one is asked for.
-            continue
-        unknown = [key for key in entry if key not in ENTRY_KEYS]
-        problems += [Problem(f"{where}.{key}", "unknown key", did_you_mean(key, ENTRY_KEYS)) for key in unknown]
-        formatting = entry.get("formatting", "alpaca")
-        if formatting not in FORMATS:
-            problems.append(
-                Problem(f"{where}.formatting", f"unknown format {formatting!r}", did_you_mean(str(formatting), FORMATS))
-            )
-        wrong = _wrong_types(entry, where)
-        problems += wrong
-        if wrong:
-            continue
-        sources.append((name, _source(name, entry, path.parent)))
-    if problems:
-        raise InputError(problems, str(path))
-    yield from sources
-
-
-def _wrong_types(entry: dict[str, Any], where: str) -> list[Problem]:
-    problems = []
-    for key in ("columns", "tags"):
-        value = entry.get(key, {})
-        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-            problems.append(Problem(f"{where}.{key}", f"{value!r} is not a mapping of names to names"))
-    count = entry.get("num_samples")
-    if count is not None and (type(count) is not int or count < 1):
-        problems.append(Problem(f"{where}.num_samples", f"{count!r} is not a number of rows from 1"))
-    return problems
-
-
-def _source(name: str, entry: dict[str, Any], folder: Path) -> DataSource:
-    return DataSource(
-        name=name,
-        file=folder / entry["file_name"],
-        formatting=entry.get("formatting", "alpaca"),
-        columns=entry.get("columns", {}),
-        tags=entry.get("tags", {}),
-        num_samples=entry.get("num_samples"),
-        description=entry.get("description", ""),
-        licence=entry.get("licence", ""),
-    )
-
-
-DATASETS: Registry[DataSource] = Registry("data set", lambda: _entries(SHIPPED))
-
-
-def find_dataset(name: str, dataset_dir: Path | None, where: str) -> DataSource:
-    """The data set a recipe means by a name.
-
-    Looked up in order: an entry of the user's `dataset_dir`, a file in `dataset_dir`, a file by path, a shipped entry.
-
-    Args:
-        name: entry name or path.
-        dataset_dir: the user's folder, or None.
-        where: key path, for the error.
-
-    Raises:
-        InputError: nothing of that name, with the nearest; a file that is missing, empty or of an unknown kind.
-    """
-    known: list[str] = list(DATASETS)
-    if dataset_dir is not None:
-        entries = _user_entries(dataset_dir, where)
-        known += list(entries)
-        if name in entries:
-            return _checked(entries[name], where)
-        if user_path(str(dataset_dir / name), where).is_file():
-            return _checked(DataSource(Path(name).stem, dataset_dir / name, None), where)
-    path = user_path(name, where)
-    if path.suffix in SUFFIXES or path.is_file():
-        return _checked(DataSource(path.stem, path.absolute(), None), where)
-    if name in DATASETS:
-        return _checked(DATASETS[name], where)
-    raise InputError(
-        Problem(where, f"{name!r} is not a known data set and no such file exists", did_you_mean(name, known))
-    )
-
-
-def _user_entries(dataset_dir: Path, where: str) -> dict[str, DataSource]:
-    if not dataset_dir.is_dir():
-        raise InputError(Problem(where, f"dataset_dir {dataset_dir} is not a folder", "Check the path."))
-    for info in INFO_FILES:
-        if (dataset_dir / info).is_file():
-            return dict(_entries(dataset_dir / info))
-    return {}
-
-
-def _checked(source: DataSource, where: str) -> DataSource:
-    path = source.file
-    if path.is_dir():
-        raise InputError(Problem(where, f"{path} is a folder, not a file", "Name the data file in it."))
-    if not path.is_file():
-        near = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
-        close = get_close_matches(path.name, near, n=1)
-        cure = f"Did you mean {path.parent / close[0]}?" if close else "Check the path."
-        raise InputError(Problem(where, f"the file {path} does not exist", cure))
-    if path.suffix not in SUFFIXES:
-        raise InputError(Problem(where, f"{path} is not one of {', '.join(SUFFIXES)}", "Convert it to JSON lines."))
-    if path.stat().st_size == 0:
-        raise InputError(Problem(where, f"the file {path} is empty", "A data set needs at least one row."))
-    return source
+    description: str = ""

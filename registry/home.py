@@ -72,6 +72,11 @@ class Home:
         return self.path / "artifacts"
 
     @property
+    def chunks(self) -> Path:
+        """Finished chunks of data steps, by step and key; artifacts link to them."""
+        return self.path / "chunks"
+
+    @property
     def work(self) -> Path:
         """Unfinished steps, `<step>-<key12>/`; they survive a crash."""
         return self.path / "work"

@@ -10,15 +10,26 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import has_magic, iglob
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from registry.core import user_path
-from registry.data_sources import DataSource, find_dataset
+from registry.data_files import kind_of
+from registry.data_registry import find_dataset
+from registry.data_sources import DataSource
 from registry.errors import InputError, Problem, did_you_mean, shown
-from registry.records import DataSettings, EvaluationSettings, ModelSettings, Record, RuntimeSettings, TrainSettings
+from registry.records import (
+    DataSettings,
+    EvaluationSettings,
+    InlineDataset,
+    ModelSettings,
+    Record,
+    RuntimeSettings,
+    TrainSettings,
+)
 from registry.stages import METHODS, STAGES
 from registry.templates import template_text
 
@@ -139,6 +150,9 @@ def _stage(
             problems.append(Problem(where(key), "unknown key", did_you_mean(str(key), [*FIELDS, *RECIPE_KEYS])))
     if not NAME.fullmatch(name):
         problems.append(Problem(f"stages.{name}", "not a stage name", "Letters, digits, dot, dash, underscore."))
+    stage = settings.get("stage", "sft")
+    if isinstance(stage, str) and stage in STAGES:
+        settings = dict(STAGES[stage].defaults) | settings
     parts = [
         _record(record, {k: v for k, v in settings.items() if FIELDS.get(k) is record}, where, problems)
         for record in RECORDS
@@ -161,6 +175,9 @@ def _stage(
         _collect(problems, template_text, data.template, where("template")) if isinstance(data, DataSettings) else None
     )
     _rules(settings, where, problems)
+    if isinstance(data, DataSettings):
+        known = isinstance(train, TrainSettings) and train.stage in STAGES
+        _data_rules(data, STAGES[train.stage].shape if known else "chat", sources, where, problems)
     if not (
         isinstance(model, ModelSettings)
         and isinstance(data, DataSettings)
@@ -170,7 +187,7 @@ def _stage(
         return None
     unique = tuple({source.name: source for source in reversed(held_out)}.values())[::-1]
     for source in held_out:
-        if any(other.name == source.name and other.file != source.file for other in unique):
+        if any(other.name == source.name and other != source for other in unique):
             rule = f"two held-out data sets are named {source.name!r}; each is reported by its name"
             problems.append(Problem(where("eval_dataset"), rule, "Rename one of the files."))
     return StageSettings(name, model, data, train, runtime, tuple(sources), unique, template)
@@ -192,10 +209,39 @@ def _rules(settings: Mapping[str, Any], where: Any, problems: list[Problem]) -> 
                 problems.append(Problem(where(key), rule, "Remove it, or use finetuning_type: lora."))
 
 
+def _data_rules(
+    data: DataSettings, shape: str, sources: tuple[DataSource, ...], where: Any, problems: list[Problem]
+) -> None:
+    """Choices about data that exclude each other, or do not fit the stage."""
+    probs, given = data.interleave_probs, any(source.weight != 1.0 for source in sources)
+    if data.mix_strategy == "concat" and (probs or given):
+        rule = f"{'interleave_probs' if probs else 'weight'} has no effect with mix_strategy concat"
+        key = "interleave_probs" if probs else "dataset"
+        problems.append(Problem(where(key), rule, "Set mix_strategy: interleave_under or interleave_over."))
+    elif probs and given:
+        rule = "interleave_probs and weight both say the shares"
+        problems.append(Problem(where("interleave_probs"), rule, "Remove one of them."))
+    if probs and len(probs) != len(data.dataset):
+        rule = f"{len(probs)} shares for {len(data.dataset)} data sets"
+        problems.append(Problem(where("interleave_probs"), rule, "One for each, in their order."))
+    if data.overlong == "split" and shape != "text":
+        rule = "overlong split cuts plain text into blocks; conversations cannot be split"
+        problems.append(Problem(where("overlong"), rule, "Use drop or truncate."))
+    if data.train_on_prompt and data.mask_history:
+        rule = "train_on_prompt trains everything, mask_history the last answer only"
+        problems.append(Problem(where("train_on_prompt"), rule, "Choose one."))
+
+
 def _sources(
-    names: tuple[str, ...], directory: Path | None, where: str, problems: list[Problem]
+    wanted: tuple[str | InlineDataset, ...], directory: Path | None, where: str, problems: list[Problem]
 ) -> tuple[DataSource, ...]:
-    found = [_collect(problems, find_dataset, name, directory, where) for name in names]
+    found = []
+    for index, item in enumerate(wanted):
+        if isinstance(item, InlineDataset):
+            values = item.model_dump(exclude_none=True)
+            found.append(_collect(problems, find_dataset, values, directory, f"{where}[{index}]"))
+        else:
+            found.append(_collect(problems, find_dataset, item, directory, where))
     return tuple(source for source in found if source is not None)
 
 
@@ -235,8 +281,12 @@ def _plain(value: Any) -> bool:
 
 def _problem(record: type[Record], item: Any, where: Any) -> Problem:
     """One of pydantic's errors in our words: value, rule, and the unit line of the field as the cure."""
-    field = str(item["loc"][0]) if item["loc"] else ""
+    loc = item["loc"]
+    field = str(loc[0]) if loc else ""
     place = where(field) if field else where("").rstrip(".")
+    if loc[2:3] == ("mapping",):  # inside a mapping in a list of data sets
+        record, place, field = InlineDataset, f"{place}[{loc[1]}]", str(loc[3]) if len(loc) > 3 else ""
+        place = ".".join([place, *map(str, loc[3:])])
     if item["type"] == "extra_forbidden":
         return Problem(place, "unknown key", did_you_mean(field, list(record.model_fields)))
     help_text = (record.model_fields[field].description or "").split("\n")[0] if field in record.model_fields else ""
@@ -263,7 +313,19 @@ def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             path = folder / user_path(str(path), "")
         except InputError:
             return value  # refused where it is used, with its key
-        return str(path.absolute()) if must or path.exists() or value.startswith(("~", "./", "../")) else value
+        there = must or path.exists() or (has_magic(value) and any(iglob(str(path), recursive=True)))
+        return str(path.absolute()) if there or value.startswith(("~", "./", "../")) else value
+
+    def mended_dataset(wanted: Any) -> Any:
+        if isinstance(wanted, dict):
+            places = {key: mended_dataset(wanted[key]) for key in ("dataset", "file_name") if key in wanted}
+            return wanted | places
+        if not isinstance(wanted, str) or not any(sign in wanted for sign in "/.*") or "://" in wanted:
+            return wanted
+        head, at, split = wanted.rpartition("@")  # of `rows.jsonl@train[:100]`
+        if at and kind_of(head) and not kind_of(wanted):
+            return f"{absolute(head, False)}@{split}"
+        return absolute(wanted, False)
 
     def mended(settings: Mapping[str, Any]) -> dict[str, Any]:
         changed = dict(settings)
@@ -275,8 +337,10 @@ def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         for key in ("dataset", "eval_dataset", "perplexity"):
             value = changed.get(key)
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+            if isinstance(names, dict):
+                names = [names]
             if isinstance(names, list):
-                changed[key] = [absolute(n, False) if "/" in str(n) or "." in str(n) else n for n in names]
+                changed[key] = [mended_dataset(name) for name in names]
         return changed
 
     whole = mended(raw)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 
 def _split_names(value: Any) -> Any:
@@ -20,10 +20,26 @@ def _split_names(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _list_of_one(value: Any) -> Any:
+    """Data sets as people write them: as names, or one mapping without a list around it."""
+    return (value,) if isinstance(value, dict) else _split_names(value)
+
+
+def _split_numbers(value: Any) -> Any:
+    """`0.7,0.3` as people write shares in LLaMA-Factory configs, or one number, or a list."""
+    if not isinstance(value, str):
+        return (value,) if isinstance(value, int | float) else _split_names(value)
+    try:
+        return tuple(float(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        return _split_names(value)  # refused below, as it was written
+
+
 def _minus_one_is_unset(value: Any) -> Any:
     return None if value == -1 and not isinstance(value, bool) else value
 
 
+Shares = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_split_numbers)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 Steps = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
@@ -46,13 +62,70 @@ class ModelSettings(Record):
     """Local folder of a LoRA adapter to continue from; it must have been trained on the same base weights."""
 
 
+class InlineDataset(Record):
+    """A data set written into the recipe, or a known one with a share of its own. The keys are those of an entry of
+    LLaMA-Factory's dataset_info.json, and four of ours."""
+
+    dataset: Text | None = None
+    """A known data set, file, folder, URL or hub id that the other keys of this mapping change."""
+    file_name: Text | None = None
+    """File, folder, glob (`data/*.jsonl`) or URL; relative to `dataset_dir` or the recipe file."""
+    hf_hub_url: Text | None = None
+    """Repository on the Hugging Face hub, `owner/name`."""
+    ms_hub_url: Text | None = None
+    """Repository on ModelScope, `owner/name`; used when `hf_hub_url` is not given."""
+    subset: Text | None = None
+    """Configuration of the repository."""
+    split: Text | None = None
+    """Split, and a range of its rows: `train`, `train[:10%]`, `test[100:200]`."""
+    folder: Text | None = None
+    """Folder of the repository to look in."""
+    revision: Text | None = None
+    """Branch, tag or commit of the repository."""
+    formatting: Text | None = None
+    """How a row is read: `alpaca`, `sharegpt` or `openai`; found from the columns when nothing is said of them."""
+    ranking: bool | None = None
+    """Rows have a preferred and a rejected answer."""
+    columns: dict[str, str | None] | None = None
+    """Our column name → the file's: prompt, query, response, history, system, tools, messages, chosen, rejected, …"""
+    tags: dict[str, str | None] | None = None
+    """Keys and role names of a message: role_tag, content_tag, user_tag, assistant_tag, observation_tag, …"""
+    num_samples: Steps | None = None
+    """Most rows to take, in file order."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the mixture, relative to those of the other data sets; 1 when not given."""
+    max_rows: Steps | None = None
+    """Most rows to take, in file order, for this run."""
+    repeat: Steps | None = None
+    """How many times its rows are seen in one epoch; 1 when not given."""
+    licence: str | None = None
+    """Licence of the rows, to be kept with the run."""
+    description: str | None = None
+    """What it is, for people."""
+
+
+def _form(value: Any) -> str:
+    return "mapping" if isinstance(value, dict | InlineDataset) else "name"
+
+
+DatasetName = Annotated[Annotated[str, Tag("name")] | Annotated[InlineDataset, Tag("mapping")], Discriminator(_form)]
+Datasets = Annotated[tuple[DatasetName, ...], BeforeValidator(_list_of_one)]
+
+
 class DataSettings(Record):
     """The rows a stage sees and how they become tokens."""
 
-    dataset: Annotated[Names, Field(min_length=1)]
-    """Data sets to train on: names from the registry or `dataset_dir`, or files; a list or `a,b`."""
-    eval_dataset: Names = ()
-    """Held-out data sets; each is reported by its own name."""
+    dataset: Annotated[Datasets, Field(min_length=1)]
+    """Data sets to train on: names, files, folders, URLs, hub ids (`owner/name:subset@train[:10%]`) or mappings; a
+    list or `a,b`."""
+    eval_dataset: Datasets = ()
+    """Held-out data sets, in the same forms; each is reported by its own name."""
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    """Order of several data sets: one behind the other, or drawn at random until one has no more rows (`under`) or
+    until all have been seen whole (`over`)."""
+    interleave_probs: Shares = ()
+    """Share of each data set when they are interleaved, in their order; a list or `0.7,0.3`. Nothing means their
+    `weight`s."""
     val_size: Annotated[float, Field(ge=0)] = 0.0
     """Rows kept back from `dataset` for evaluation: a share below 1, or a number of rows from 1."""
     max_samples: Steps | None = None
@@ -61,14 +134,29 @@ class DataSettings(Record):
     """Chat template: `auto` is the model's own, else a name of `llamatuner list templates` or a .jinja file."""
     cutoff_len: Annotated[int, Field(ge=4, lt=2**31)] = 2048
     """Longest sequence, in tokens; also the length of a packed sequence."""
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a row longer than `cutoff_len`: left out and counted, cut at the end, or refused."""
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What happens to a row longer than `cutoff_len`: left out and counted, cut behind the last answer that fits,
+    split into blocks (plain text only; the default of stage pt), or refused."""
+    cut_answers: bool = False
+    """With `overlong: truncate`, cut inside an answer as well, which then has no terminator."""
     packing: bool = False
-    """Put several rows into one sequence of `cutoff_len` tokens; they never see each other."""
+    """Put several rows into one sequence of `cutoff_len` tokens; they never see each other. The default of stage pt."""
     mask_history: bool = False
     """Train on the last answer of a conversation only, instead of on every answer."""
-    bad_rows: Literal["fail", "skip"] = "fail"
-    """What a row that cannot be used does: end the run with every reason, or be left out and reported."""
+    train_on_prompt: bool = False
+    """Train on everything but the leading BOS, instead of on answers only."""
+    control_tokens: Literal["plain", "keep", "refuse"] = "plain"
+    """What the text of a control token such as `<|im_end|>` in a message becomes: text like any other, a real control
+    token (what publishers' own code does), or a refused row."""
+    default_system: str | None = None
+    """System message of conversations without one; nothing leaves it to the template."""
+    enable_thinking: bool | None = None
+    """Variable of that name for templates of reasoning models; nothing leaves it to the template."""
+    bad_rows: Literal["fail", "skip", "quarantine"] = "fail"
+    """What a row that cannot be used does: end the run with every reason, be left out and reported, or be kept in a
+    file of its own as well."""
+    bad_rows_limit: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Largest share of rows that may be left out before the run ends with an error."""
 
 
 class TrainSettings(Record):
@@ -134,7 +222,7 @@ class TrainSettings(Record):
 class EvaluationSettings(Record):
     """What is measured after training."""
 
-    perplexity: Names = ()
+    perplexity: Datasets = ()
     """Data sets whose answers are scored; nothing means the held-out rows of the stage."""
     questions: tuple[str, ...] = ()
     """Questions answered by the models before and after, greedily."""
@@ -149,6 +237,8 @@ class RuntimeSettings(Record):
 
     dataset_dir: Text | None = None
     """Folder with `dataset_info.yaml` or `dataset_info.json` and data files; relative to the recipe file."""
+    preprocessing_num_workers: Steps | None = None
+    """Processes that prepare data; nothing means one per core."""
     logging_steps: Steps = 1
     """Optimizer steps between two points of the loss curve."""
     save_steps: Steps = 50

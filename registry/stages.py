@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from registry.core import Registry
 
@@ -12,8 +14,10 @@ class Stage:
     """A training stage: what its rows look like and what it is for."""
 
     shape: str
-    """Shape of its rows, see `registry.data_sources`: `chat`."""
+    """Shape of its rows, see `tasks.formats`: `chat`, `text`, …"""
     description: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings whose default is another one than that of their field."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,11 @@ class Method:
 
 
 STAGES: Registry[Stage] = Registry(
-    "stage", lambda: [("sft", Stage("chat", "Supervised fine-tuning on the answers of conversations."))]
+    "stage",
+    lambda: [
+        ("pt", Stage("text", "Continued pretraining on plain text.", {"packing": True, "overlong": "split"})),
+        ("sft", Stage("chat", "Supervised fine-tuning on the answers of conversations.")),
+    ],
 )
 
 METHODS: Registry[Method] = Registry(

@@ -62,15 +62,11 @@ class Chat:
         Raises:
             InputError: there is no usable template.
         """
-        from tokenizers import Tokenizer
-
-        from tasks.shards import added_bos
         from tasks.template import ChatTemplate
+        from tasks.tokens import added_bos, load_tokenizer
 
         chat_template = ChatTemplate.from_folder(folder, text=template)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = load_tokenizer(folder)
 
         def render(question: str) -> str:
             text: str = chat_template.render([{"role": "user", "content": question}], add_generation_prompt=True)

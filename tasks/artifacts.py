@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,14 @@ class Store:
                 return f"{path.name}: {reason}"
         return None
 
-    def commit(self, step: str, label: str, manifest: dict[str, Any], output: Path) -> Artifact:
+    def commit(
+        self,
+        step: str,
+        label: str,
+        manifest: dict[str, Any],
+        output: Path,
+        known: Mapping[str, tuple[int, str]] | None = None,
+    ) -> Artifact:
         """Turn a finished output folder into the artifact of its key.
 
         Args:
@@ -140,12 +147,16 @@ class Store:
             label: the name for people.
             manifest: everything but `format`, `files` and `digest`, which are filled in here.
             output: the folder to take; it is renamed away.
+            known: files whose (bytes, sha256) are known and which are on the disk already.
         """
         files = {}
         for path in sorted(output.rglob("*")):
-            if path.is_file():
+            name = path.relative_to(output).as_posix()
+            if known and name in known:
+                files[name] = known[name]
+            elif path.is_file():
                 _sync(path)
-                files[path.relative_to(output).as_posix()] = (path.stat().st_size, sha256_file(path))
+                files[name] = (path.stat().st_size, sha256_file(path))
         whole = manifest | {
             "format": FORMAT,
             "digest": content_digest(select(files, ("*",))),

@@ -8,10 +8,8 @@ and said so; a hub that answers "no" is an error, because the next source would 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +24,7 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.models import DEFAULT_REVISION, MODELS, ModelEntry, Wheel
 from tasks.digests import sha256_file
+from tasks.hub import HubUnreachable, explain_hub, hub_endpoint
 from tasks.launch import ProgramFailed, run_program
 from tasks.locks import check_stop
 from tasks.program import Spec
@@ -33,7 +32,6 @@ from tasks.program import Spec
 WHERE = "model_name_or_path"
 PROBE_SECONDS = 3.5  # for the hub's first answer, name lookup included
 PIP_SECONDS = 1800.0  # pip itself gives up on a silent connection much earlier
-PUBLIC_HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Top-level files only. `model*` leaves out the second copy of the weights that some repositories carry
 # (consolidated.safetensors); formats that can run code when they are read (.bin, .pth, .py) are never asked for.
@@ -42,8 +40,6 @@ HUB_FILES = re.compile(
 )
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # beside weights
 LFS_POINTER = b"version https://git-lfs"
-
-OUT_OF_REACH = (ConnectionError, TimeoutError, socket.gaierror)  # not every OSError: a full disk is none of these
 
 Note = Callable[[str], None]
 
@@ -173,15 +169,6 @@ def _entry(name: str) -> ModelEntry | None:
     return next((entry for entry in MODELS.values() if entry.hub_id.lower() == name.lower()), None)
 
 
-class HubUnreachable(Exception):
-    """The hub gave no answer, or not a hub's answer; the message says which."""
-
-
-def hub_endpoint() -> str:
-    """`$HF_ENDPOINT`, or the public hub."""
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or PUBLIC_HUB
-
-
 def _ask_hub(repo: str, revision: str) -> tuple[str, int]:
     """Commit and size in bytes of a repository.
 
@@ -226,29 +213,8 @@ def explain(error: Exception, repo: str, revision: str) -> NoReturn:
         InputError: the hub's answer is no.
         Exception: the error itself, when it has nothing to do with the hub.
     """
-    from huggingface_hub import errors
-
-    hub = hub_endpoint()
-    if isinstance(error, errors.GatedRepoError):
-        rule, cure = f"{hub} gives {repo} only to people who accepted its licence", "Accept it there and set HF_TOKEN."
-    elif isinstance(error, errors.RevisionNotFoundError):
-        rule, cure = f"{repo} has no revision {revision!r} on {hub}", "Check model_revision."
-    elif isinstance(error, errors.RepositoryNotFoundError | errors.DisabledRepoError | errors.HFValidationError):
-        known = [name for entry in MODELS.values() for name in (entry.name, entry.hub_id)]
-        near = did_you_mean(repo, known)
-        rule = f"{repo} is not on {hub}, or not for this person"
-        cure = near if near.startswith("Did") else "Check the name; for a private model set HF_TOKEN."
-    elif isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (400, 401, 403):
-        rule, cure = f"{hub} refuses {repo}: {str(error).splitlines()[0]}", "Check HF_TOKEN and HF_ENDPOINT."
-    elif isinstance(error, (*OUT_OF_REACH, errors.HTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError)):
-        raise HubUnreachable(f"{hub}: {_first_line(error)}") from error
-    else:
-        raise error
-    raise InputError(Problem(WHERE, rule, cure)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    known = [name for entry in MODELS.values() for name in (entry.name, entry.hub_id)]
+    explain_hub(error, repo, revision, WHERE, "model_revision", known)
 
 
 def _without_hub(name: str, entry: ModelEntry | None, revision: str, why: str, home: Home) -> Located:

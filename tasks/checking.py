@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.fetch import converted_rows
-from tasks.reading import BadRow
+from tasks.preview import rows_seen, steps_behind
 from tasks.rejects import Rejects
-from tasks.render import RowRenderer, require_rendered
-from tasks.shards import RowEncoder, require_fitting
+from tasks.render import require_rendered
+from tasks.shards import require_fitting
 from tasks.steps import Step
 
 
@@ -19,31 +18,23 @@ def count_usable(tokenize: Step, base: Path) -> dict[str, Any]:
     Rows kept back by `val_size` count as well: they go through the same steps.
 
     Args:
-        tokenize: the step; the fetch and render steps are those it stands on.
+        tokenize: the step; the fetch and render steps are those it stands on; their files are on this disk.
         base: the model's folder.
 
     Raises:
         InputError: as the steps do.
     """
-    render = tokenize.inputs["rendered"].source
-    assert isinstance(render, Step)
-    fetch = render.inputs["rows"].source
-    assert isinstance(fetch, Step)
-    renderer, encoder = RowRenderer.from_step(render, base), RowEncoder.from_step(tokenize, base)
-    refused, unfit, rendered_rows, fitting = Rejects(), Rejects(), 0, 0
-    for file, raw, chat in converted_rows(fetch):
-        if isinstance(chat, BadRow):
-            continue  # the fetch step's own
-        rendered = renderer.render(chat)
-        if isinstance(rendered, BadRow):
-            refused.add(file, raw.place, raw.row, rendered)
-            continue
-        rendered_rows += 1
-        encoded = encoder.encode(rendered["text"], rendered["spans"])
-        if isinstance(encoded, BadRow):
-            unfit.add(file, raw.place, raw.row, encoded)
-        else:
+    rejects = {"render": Rejects(), "tokenize": Rejects()}
+    fitting, files = 0, []
+    for seen in rows_seen(tokenize, base, {}):
+        files.append(seen.file)
+        if seen.refused is None:
             fitting += 1
-    require_rendered(render, refused, rendered_rows)
+        elif seen.step in rejects and seen.stands_for_row:
+            rejects[seen.step].add(seen.file, seen.place, seen.row, seen.refused)
+    refused, unfit = rejects["render"], rejects["tokenize"]
+    rendered = fitting + len(unfit.rows)
+    read = rendered + len(refused.rows)
+    require_rendered(steps_behind(tokenize)[1], list(dict.fromkeys(files)), refused, read, rendered)
     require_fitting(tokenize, unfit, fitting)
     return {"rows": fitting, "left_out": refused.counts() | unfit.counts()}

@@ -1,40 +1,52 @@
-"""render: chat rows → text and the byte spans that are trained on.
+"""render: canonical rows → text and the byte spans that are trained on.
 
 One decision: text and spans come from one rendering of the whole conversation with the chat template, and a row whose
-spans cannot be proved is refused by number (see `tasks.template`).
+spans cannot be proved is refused by number. Rows of a form that the template treats like any other of that form are
+filled into its skeleton (`tasks.skeleton`), which is proved to give the same.
+
+A row is one text, but for preferences: two, the chosen one first.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from registry.errors import InputError, Problem
-from registry.records import DataSettings
-from tasks.fetch import read_chunks, write_chunk
-from tasks.reading import BadRow
+from tasks.canonical import Row, read_table, to_rows, write_table
+from tasks.chunks import Chunk, ChunkCache, Made, link
+from tasks.fetch import FILES, file_names
+from tasks.fingerprint import fingerprint
+from tasks.reading import BadRow, place
 from tasks.rejects import Rejects
+from tasks.skeleton import Skeletons, flat_bytes
 from tasks.steps import Input, Step, Work
-from tasks.template import ChatTemplate, Refusal
+from tasks.template import ChatTemplate, Refusal, trained_spans
+from tasks.workers import make_chunks
 
-VERSION = 1  # first form
+if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
+    from registry.records import DataSettings
+
+VERSION = 2  # typed control tokens, choices of what is trained, rows in chunks of their own
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "vocab*", "merges*")
 SCHEMA = pa.schema(
     [
         ("text", pa.string()),
         ("spans", pa.list_(pa.int32())),
-        ("source", pa.int32()),
+        ("typed", pa.list_(pa.int32())),
         ("row", pa.int64()),
-        ("place", pa.string()),
+        ("line", pa.int32()),
     ]
 )
-REPORT_EVERY = 200  # rows between two looks at the stop request
+CHUNKS, META = "chunks.json", "rendered.json"
+THOUGHT = "think>"  # rows with one may be moved about by the template: no skeleton
+STEP_ONLY = ("bad_rows", "bad_rows_limit", "part")  # settings that change no chunk
+SIMPLE = {"role", "content"}
 
 
 def render_step(
@@ -46,27 +58,41 @@ def render_step(
         stage, name: where it stands in the plan.
         rows, part: the fetch step and the folder of it to render, `rows` or `kept_back`.
         base: the model whose tokenizer files (and template, for `auto`) are used.
-        data: `mask_history`, `bad_rows`.
+        data: what is trained, `control_tokens`, `bad_rows`.
         template: Jinja text, or None for the model's own.
     """
+    identity = {
+        "template": template,
+        "shape": rows.identity["shape"],
+        "mask_history": data.mask_history,
+        "train_on_prompt": data.train_on_prompt,
+        "control_tokens": data.control_tokens,
+        "default_system": data.default_system,
+        "enable_thinking": data.enable_thinking,
+        "bad_rows": data.bad_rows,
+        "bad_rows_limit": data.bad_rows_limit,
+        "part": part,
+    }
+    if rows.identity["shape"] == "text":  # no template
+        identity = {name: identity[name] for name in ("shape", "bad_rows", "bad_rows_limit", "part")}
     return Step(
         stage=stage,
         name=name,
         version=VERSION,
         label=rows.label,
-        identity={"template": template, "mask_history": data.mask_history, "bad_rows": data.bad_rows, "part": part},
-        inputs={"rows": Input(rows, (f"{part}/*",)), "base": Input(base.source, TOKENIZER_FILES)},
+        identity=identity,
+        inputs={"rows": Input(rows, (f"{part}/*", f"{part}.json")), "base": Input(base.source, TOKENIZER_FILES)},
         run="tasks.render:render",
-        runtime={"files": rows.runtime["files"]},
+        runtime=rows.runtime,
         packages=("jinja2", "pyarrow"),
     )
 
 
-def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a canonical row as templates expect them: absent fields absent, tool calls as objects."""
+def messages_of(stored: Sequence[Row]) -> list[dict[str, Any]]:
+    """Stored messages as templates expect them: absent fields absent, tool calls as objects."""
     messages = []
-    for stored in row["messages"]:
-        message = {name: value for name, value in stored.items() if value is not None or name == "content"}
+    for given in stored:
+        message = {name: value for name, value in given.items() if value is not None or name == "content"}
         if "tool_calls" in message:
             message["tool_calls"] = json.loads(message["tool_calls"])
         if "reasoning" in message:
@@ -75,106 +101,229 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def byte_spans(text: str, spans: tuple[tuple[int, int], ...]) -> list[int]:
-    """Character spans as a flat list of byte offsets in UTF-8.
+class RenderedText(NamedTuple):
+    """One text, ready to be tokenized."""
 
-    >>> byte_spans("é ok", ((2, 4),))
-    [3, 5]
-    """
-    flat = [border for span in spans for border in span]
-    return flat if text.isascii() else [len(text[:border].encode("utf-8")) for border in flat]
+    text: str
+    spans: list[int]
+    """Flat byte offsets of what is trained."""
+    typed: list[int]
+    """Flat byte offsets of control tokens that somebody typed and that stay text."""
+    lost: tuple[str, ...] = ()
+    """What the row has and the text has not."""
 
 
-@dataclass(frozen=True)
 class RowRenderer:
-    """Renders one row after the other; the step and `preview` share it."""
+    """Renders rows; the step, `check` and `preview` share it.
 
-    template: ChatTemplate
-    mask_history: bool
+    Args:
+        identity: of the render step.
+        base: the model's folder.
 
-    @classmethod
-    def from_step(cls, step: Step, base: Path) -> RowRenderer:
-        """The renderer of a render step.
+    Raises:
+        InputError: the model has no template, or it does not compile.
+    """
 
-        Raises:
-            InputError: the model has no template, or it does not compile.
-        """
-        return cls(ChatTemplate.from_folder(base, step.identity["template"]), step.identity["mask_history"])
+    def __init__(self, identity: dict[str, Any], base: Path) -> None:
+        self.identity, self.shape = identity, identity["shape"]
+        self.template: ChatTemplate | None = None
+        if self.shape != "text":
+            thinking = identity["enable_thinking"]
+            variables = {} if thinking is None else {"enable_thinking": thinking}
+            self.template = ChatTemplate.from_folder(base, identity["template"], variables, identity["default_system"])
+            self.skeletons = Skeletons(self.template, self._spans, identity["control_tokens"])
 
-    def render(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        """`text`, `spans` (flat byte offsets) and `lost` (roles the template drops) of a canonical row."""
+    def meta(self) -> dict[str, Any]:
+        """What the tokenize step has to know about the texts."""
+        control = sorted(self.template.control_tokens) if self.template else []
+        return {"shape": self.shape, "control_tokens": control}
+
+    def _spans(self, rendered: Any) -> tuple[tuple[int, int], ...]:
+        assert self.template is not None
+        bos = dict(self.template.special_tokens).get("bos_token", "")
+        return trained_spans(rendered, self.identity["train_on_prompt"], self.identity["mask_history"], bos)
+
+    def render_all(self, rows: Sequence[Row]) -> list[list[RenderedText] | BadRow]:
+        """The texts of rows, or why there are none; the same as `render` of each, only faster."""
+        if self.shape != "chat":
+            return [self.render(row) for row in rows]
+        assert self.template is not None
+        # one look over all texts: control tokens and thoughts are rare, and a row with one goes the slow way
+        everything = "\n".join([message["content"] or "" for row in rows for message in row["messages"]])
+        suspicious = THOUGHT in everything or self.template.has_control_text(everything)
+        return [self._filled(row, suspicious) or self.render(row) for row in rows]
+
+    def _filled(self, row: Row, suspicious: bool) -> list[RenderedText] | None:
+        messages = row["messages"]
+        if row["tools"] is not None:
+            return None
+        contents = []
+        for message in messages:
+            content = message["content"]
+            if len(message) != len(SIMPLE) or not content or content.isspace():
+                return None
+            contents.append(content)
+        assert self.template is not None
+        if suspicious and any(THOUGHT in text or self.template.has_control_text(text) for text in contents):
+            return None
+        skeleton = self.skeletons.of(tuple([message["role"] for message in messages]))
+        filled = skeleton.fill(contents) if skeleton else None
+        return [RenderedText(*filled, [], skeleton.lost)] if filled and skeleton else None
+
+    def render(self, row: Row) -> list[RenderedText] | BadRow:
+        """The texts of a canonical row: one, or chosen and rejected; or why there are none."""
+        if self.shape == "text":
+            return [RenderedText(row["text"], [0, len(row["text"].encode())], [])]
         tools = json.loads(row["tools"]) if row["tools"] else None
-        result = self.template.render_training(messages_of(row), tools)
+        if self.shape == "chat":
+            return self._one(row["messages"], tools, 0)
+        if self.shape == "prompt":
+            return self._prompt(row["prompt"], tools)
+        texts: list[RenderedText] = []
+        for part in ("chosen", "rejected") if self.shape == "preference" else ("completion",):
+            found = self._one([*row["prompt"], *row[part]], tools, len(row["prompt"]))
+            if isinstance(found, BadRow):
+                return BadRow(found.reason, f"{part}: {found.detail}")
+            texts += found
+        return texts
+
+    def _one(self, stored: Sequence[Row], tools: Any, first: int) -> list[RenderedText] | BadRow:
+        """A conversation as one text; answers before message `first` belong to the prompt."""
+        assert self.template is not None
+        messages = messages_of(stored)
+        result = self.template.render_training(messages, tools, self.identity["control_tokens"])
         if isinstance(result, Refusal):
             return BadRow(result.reason, result.detail)
-        spans = result.spans[-1:] if self.mask_history else result.spans
-        return {"text": result.text, "spans": byte_spans(result.text, spans), "lost": result.lost}
+        spans = self._spans(result)
+        if first:
+            earlier = sum(message["role"] == "assistant" for message in messages[:first])
+            spans = result.spans[earlier:]
+        text = result.text
+        return [RenderedText(text, flat_bytes(text, spans), flat_bytes(text, result.typed), result.lost)]
+
+    def _prompt(self, stored: Sequence[Row], tools: Any) -> list[RenderedText] | BadRow:
+        assert self.template is not None
+        result = self.template.render_prompt(messages_of(stored), tools, self.identity["control_tokens"])
+        if isinstance(result, Refusal):
+            return BadRow(result.reason, result.detail)
+        return [RenderedText(result[0], [], flat_bytes(*result))]
+
+
+class ChunkRenderer:
+    """Makes one chunk of texts of one chunk of rows."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.renderer = RowRenderer(settings["identity"], Path(settings["base"]))
+
+    def __call__(self, task: dict[str, Any], payload: bytes, target: Path) -> dict[str, Any]:
+        rows = to_rows(read_table(Path(task["input"])), self.renderer.shape)
+        texts: list[RenderedText] = []
+        places: list[tuple[int, int]] = []
+        refused, lost = [], Counter[str]()
+        for row, result in zip(rows, self.renderer.render_all(rows), strict=True):
+            if isinstance(result, BadRow):
+                text = json.dumps(row, ensure_ascii=False)
+                refused.append([row["row"], row["line"], result.reason, result.detail, text])
+                continue
+            texts += result
+            places += [(row["row"], row["line"])] * len(result)
+            if any(text.lost for text in result):
+                lost.update({name for text in result for name in text.lost})
+        write_table(target, _table(texts, places))
+        return {"read": len(rows), "rows": len(rows) - len(refused), "left_out": refused, "lost": dict(lost)}
+
+
+def _table(texts: list[RenderedText], places: list[tuple[int, int]]) -> pa.Table:
+    columns = [
+        pa.array([text.text for text in texts], pa.string()),
+        pa.array([text.spans for text in texts], pa.list_(pa.int32())),
+        pa.array([text.typed for text in texts], pa.list_(pa.int32())),
+        pa.array([row for row, _ in places], pa.int64()),
+        pa.array([line for _, line in places], pa.int32()),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def render(work: Work) -> dict[str, Any]:
-    """Render every row; chunks of an interrupted attempt are kept.
+    """Render every chunk; finished chunks of earlier attempts and data sets are used again.
 
     Raises:
         InputError: a refused row under `bad_rows: fail`, or every row refused.
     """
-    renderer = RowRenderer.from_step(work.step, work.inputs["base"])
-    chunks = read_chunks(work.inputs["rows"] / work.identity["part"])
-    total = sum(pq.read_metadata(path).num_rows for path in chunks)
-    done = 0
-    for number, chunk in enumerate(chunks):
-        finished = work.scratch / f"{number:05d}.json"
-        if not finished.exists():
-            report = _render_chunk(work, renderer, chunk, done, total)
-            part = finished.with_suffix(".part")
-            part.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
-            part.rename(finished)
-        done += pq.read_metadata(chunk).num_rows
-        work.progress(done, total, "rows")
-    return _collect(work, len(chunks), total)
+    folder, part = work.inputs["rows"], work.identity["part"]
+    chunks = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+    base = work.inputs["base"]
+    renderer = RowRenderer(work.identity, base)  # says what is wrong with the template before any worker starts
+    chunk_identity = {name: value for name, value in work.identity.items() if name not in STEP_ONLY}
+    constant = {
+        "step": work.step.kind,
+        "version": VERSION,
+        "identity": chunk_identity,
+        "base": work.digests["base"],
+        "packages": work.packages,
+    }
+    pending = [
+        Chunk(fingerprint(constant | {"input": chunk["sha256"]}), {"input": str(folder / chunk["path"])})
+        for chunk in chunks
+    ]
+    made = make_chunks(
+        "tasks.render:ChunkRenderer",
+        {"identity": chunk_identity, "base": str(base)},
+        pending,
+        ChunkCache(work.home, work.step.kind, work.rebuilding),
+        work.step.runtime["workers"],
+        work.counter([chunk["rows"] for chunk in chunks]),
+        work.stop,
+    )
+    (work.output / META).write_text(json.dumps(renderer.meta(), ensure_ascii=False), encoding="utf-8")
+    return _collect(work, chunks, made)
 
 
-def _render_chunk(work: Work, renderer: RowRenderer, chunk: Path, done: int, total: int) -> dict[str, Any]:
-    rendered, refused, lost = [], [], Counter[str]()
-    for index, row in enumerate(pq.read_table(chunk).to_pylist()):
-        if index % REPORT_EVERY == 0:
-            work.progress(done + index, total, "rows")
-        result = renderer.render(row)
-        origin = {name: row[name] for name in ("source", "row", "place")}
-        if isinstance(result, BadRow):
-            refused.append(origin | {"reason": result.reason, "detail": result.detail})
-        else:
-            lost.update(result.pop("lost"))
-            rendered.append(origin | result)
-    write_chunk(work.scratch, int(chunk.stem), pa.Table.from_pylist(rendered, SCHEMA))
-    return {"refused": refused, "lost": dict(lost)}
-
-
-def _collect(work: Work, chunks: int, total: int) -> dict[str, Any]:
-    """Chunks from scratch to the output, refused rows to the report."""
-    rejects, lost, rows = Rejects(), Counter[str](), 0
-    files = work.step.runtime["files"]
-    (work.output / "rows").mkdir()
-    for number in range(chunks):
-        report = json.loads((work.scratch / f"{number:05d}.json").read_text(encoding="utf-8"))
-        lost.update(report["lost"])
-        for row in report["refused"]:
-            rejects.add(files[row["source"]], row["place"], row["row"], BadRow(row["reason"], row["detail"]))
-        chunk = work.scratch / f"{number:05d}.parquet"
-        rows += pq.read_metadata(chunk).num_rows
-        (work.output / "rows" / chunk.name).write_bytes(chunk.read_bytes())
-    require_rendered(work.step, rejects, rows)
-    rejects.write(work.output)
+def _collect(work: Work, chunks: list[dict[str, Any]], made: list[Made]) -> dict[str, Any]:
+    """Chunks to the output, refused rows to the report."""
+    rejects, lost = Rejects(), Counter[str]()
+    files = file_names(work.inputs["rows"], work.step.runtime)
+    for chunk, done in zip(chunks, made, strict=True):
+        lost.update(done.report["lost"])
+        for row, line, reason, detail, text in done.report["left_out"]:
+            rejects.add(files[chunk["source"]][chunk["file"]], place(row, line), row, BadRow(reason, detail), text)
+    total, rows = (sum(done.report[name] for done in made) for name in ("read", "rows"))
+    require_rendered(work.step, [file for names in files for file in names], rejects, total, rows)
+    _write_chunks(work, chunks, made)
+    rejects.write(work.output, work.identity["bad_rows"] == "quarantine")
+    (work.output / "report" / FILES).write_text(json.dumps(files, ensure_ascii=False), encoding="utf-8")
     for role, count in sorted(lost.items()):
         what = f"the {role}" if role in ("tools", "reasoning") else f"a {role} message"
         work.note(f"the template drops {what} of {count} of {total} rows")
     return {"rows": rows, "left_out": rejects.counts(), "lost": dict(lost)}
 
 
-def require_rendered(step: Step, rejects: Rejects, rows: int) -> None:
+def _write_chunks(work: Work, sources: list[dict[str, Any]], made: list[Made]) -> None:
+    """Link finished chunks into the output, and list them in `chunks.json`."""
+    (work.output / "rows").mkdir()
+    entries: list[dict[str, Any]] = []
+    for source, chunk in zip(sources, made, strict=True):
+        if not chunk.report["rows"]:
+            continue
+        path = f"rows/{len(entries):05d}.arrow"
+        link(chunk, work.output / path)
+        work.known[path] = (chunk.size, chunk.sha256)
+        entries.append(source | {"path": path, "sha256": chunk.sha256, "rows": chunk.report["rows"]})
+    (work.output / CHUNKS).write_text(json.dumps(entries), encoding="utf-8")
+
+
+def rendered_chunks(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a render artifact holds: its description and its chunks."""
+    meta, chunks = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (META, CHUNKS))
+    return meta, chunks
+
+
+def require_rendered(step: Step, files: Sequence[str], rejects: Rejects, read: int, rows: int) -> None:
     """End a run that the template leaves without rows, or that wants none left out.
 
     Raises:
-        InputError: a refused row under `bad_rows: fail`, or no row but refused ones.
+        InputError: a refused row under `bad_rows: fail`, no row but refused ones, or more of them than
+            `bad_rows_limit`.
     """
     if step.identity["bad_rows"] == "fail":
         cure = "Mend the rows, use another template, or set bad_rows: skip to leave them out."
@@ -182,4 +331,5 @@ def require_rendered(step: Step, rejects: Rejects, rows: int) -> None:
     if rows == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.counts().items())
         rule = f"the template can use none of {len(rejects.rows)} rows: {reasons}"
-        raise InputError(Problem(", ".join(step.runtime["files"]), rule, "Use another template."))
+        raise InputError(Problem(", ".join(files), rule, "Use another template."))
+    rejects.raise_above(step.identity["bad_rows_limit"], read, "chat template")

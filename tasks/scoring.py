@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.program import ProgramError
+from tasks.sequences import IGNORED, TokenizedSequences
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # the label of a token that is not scored
 LOGITS_PER_BATCH = 1 << 28  # numbers held at once as logits: 1 GB in float32
 LOGITS_PER_CHUNK = 1 << 24  # of those, numbers turned into float32 at once
 
@@ -64,32 +64,28 @@ def perplexity(rows: Iterable[RowScore]) -> dict[str, Any]:
 
 
 class Shards:
-    """Rows of an evaluation set: unpacked shards on disk.
+    """Rows of an evaluation set: a tokenize artifact that is not packed.
 
     Args:
-        folder: what `datasets.load_from_disk` opens, with columns `input_ids`, `labels`, `seq_lengths`.
+        folder: the artifact, see `tasks.sequences`.
 
     Raises:
         ProgramError: `bad_setting` when the rows are packed: their tokens would see each other.
     """
 
     def __init__(self, folder: Path) -> None:
-        import pyarrow.compute as pc
-        from datasets import load_from_disk
-
-        self._rows = load_from_disk(str(folder))
-        column = self._rows.data.column
-        if pc.max(pc.list_value_length(column("seq_lengths"))).as_py() not in (None, 1):
+        self._rows = TokenizedSequences(folder)
+        if len(self._rows.offsets) > 1 and (self._rows.offsets[1:] - self._rows.offsets[:-1]).max() > 1:
             raise ProgramError("bad_setting", f"{folder} holds packed rows; evaluation needs them apart.")
-        self.lengths: list[int] = pc.list_value_length(column("input_ids")).to_pylist()
+        self.lengths: list[int] = self._rows.lengths().tolist()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def take(self, indices: Sequence[int]) -> list[tuple[list[int], list[int]]]:
         """Ids and labels of rows, in the order of `indices`."""
-        batch = self._rows[list(indices)]
-        return list(zip(batch["input_ids"], batch["labels"], strict=True))
+        rows = (self._rows[index] for index in indices)
+        return [(row.input_ids.tolist(), row.labels.tolist()) for row in rows]
 
 
 def score_rows(

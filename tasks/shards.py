@@ -1,244 +1,270 @@
-"""tokenize: text and spans → ids and labels in Arrow shards that `datasets.load_from_disk` opens.
+"""tokenize: rendered texts → ids and labels in Arrow shards, and the sequences that training sees.
 
-One decision: ids come from the published tokenizer.json through `tokenizers`, not from a rebuilt tokenizer, and
-the label of a token follows from its own offsets: a token that begins inside a span is trained, one that begins
-before it is not. Ids and labels grow together in `encode_row`.
+One decision: a chunk of rendered rows becomes one shard, whatever the other chunks hold; what looks at all rows at
+once (packing, order, statistics) works on their lengths alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy
 import pyarrow as pa
-import pyarrow.parquet as pq
-from tokenizers import Encoding, Tokenizer
 
 from registry.errors import InputError, Problem
-from registry.records import DataSettings
-from tasks.digests import sha256_file
-from tasks.fetch import read_chunks, write_chunk
+from tasks.canonical import read_table
+from tasks.chunks import Chunk, ChunkCache, Made, link
+from tasks.fetch import file_names
 from tasks.fingerprint import fingerprint
-from tasks.jsonlines import read_object
-from tasks.packing import pack
-from tasks.reading import BadRow
+from tasks.launch import ProgramFailed
+from tasks.mixing import mixed
+from tasks.packing import Sequences, blocks, cut_apart, one_by_one, pack
+from tasks.program import ProgramError
+from tasks.reading import BadRow, place
 from tasks.rejects import SHOWN, Rejects
-from tasks.render import TOKENIZER_FILES
+from tasks.render import TOKENIZER_FILES, rendered_chunks
+from tasks.sequences import SHARD_SCHEMA, TokenizedRows, describe_shards, write_index
+from tasks.statistics import STATISTICS, describe_lengths
 from tasks.steps import Input, Step, Work
+from tasks.tokens import FASTOKENS, NOT_FAST, TOKENIZERS, Text, TextEncoder, TokenBatch, with_end
+from tasks.workers import make_chunks
 
-VERSION = 1  # first form
-TOO_LONG = "too_long"
-IGNORED = -100  # the label of a token that is not trained
-BATCH = 256  # rows per call into the tokenizer
-ROW_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("full_length", pa.int32()),
-        ("source", pa.int32()),
-        ("row", pa.int64()),
-    ]
-)
-SHARD_SCHEMA = pa.schema(
-    [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths", "sources")]
-    + [("rows", pa.list_(pa.int64()))]
-)
-SHARD_SEQUENCES = 20_000
+if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
+    from registry.records import DataSettings
+
+VERSION = 2  # rows in chunks of their own, sequences as an index over them; a cut row keeps its terminator
+TOO_LONG, NOT_TRAINED = "too_long", "no_trained_tokens"
+ORIGINS = "origins.json"  # of each shard: numbers of the data set and of its file
+CHECKED_ROWS = 8  # of every chunk, encoded by both libraries: one row that differs, and the fast one is not used
 
 
-def tokenize_step(stage: str, name: str, rendered: Step, base: Input, data: DataSettings, packing: bool) -> Step:
+def tokenize_step(
+    stage: str,
+    name: str,
+    rendered: Step,
+    base: Input,
+    data: DataSettings,
+    packing: bool,
+    mixture: dict[str, Any] | None = None,
+) -> Step:
     """The step that tokenizes rendered rows.
 
     Args:
         stage, name: where it stands in the plan.
         rendered: the render step.
         base: the model whose tokenizer.json is used.
-        data: `cutoff_len`, `overlong`.
+        data: `cutoff_len`, `overlong`, `cut_answers`.
         packing: pack; evaluation never does.
+        mixture: of the data sets, see `tasks.mixing.mixed`; None: every row once, in order.
     """
+    identity: dict[str, Any] = {"cutoff_len": data.cutoff_len, "overlong": data.overlong, "packing": packing}
+    if data.overlong == "truncate":
+        identity["cut_answers"] = data.cut_answers
+    if mixture:
+        identity["mixture"] = mixture
     return Step(
         stage=stage,
         name=name,
         version=VERSION,
         label=rendered.label,
-        identity={"cutoff_len": data.cutoff_len, "overlong": data.overlong, "packing": packing},
-        inputs={"rendered": Input(rendered, ("rows/*",)), "base": Input(base.source, TOKENIZER_FILES)},
+        identity=identity,
+        inputs={"rendered": Input(rendered), "base": Input(base.source, TOKENIZER_FILES)},
         run="tasks.shards:tokenize",
-        runtime={"files": rendered.runtime["files"]},
-        packages=("tokenizers", "pyarrow"),
+        runtime=rendered.runtime,
+        packages=("tokenizers", "fastokens", "pyarrow"),
     )
 
 
-def encode_row(encoding: Encoding, text: str, spans: list[int], prefix: list[int]) -> tuple[list[int], list[int]]:
-    """Ids and labels of one row.
-
-    Args:
-        encoding: of the whole text, without added special tokens.
-        text: the row.
-        spans: flat byte offsets `[start, end, start, end, …]` of what is trained.
-        prefix: ids put in front (a BOS the template does not write); never trained.
-
-    Returns:
-        input_ids [n], labels [n]; a label is the token's own id where trained, else -100.
-
-    Example: text `a b c`, one token per letter with its space, span of ` b`: labels `[-100, id, -100]`.
-    """
-    ids, labels = list(prefix), [IGNORED] * len(prefix)
-    borders = spans if text.isascii() else _characters(text, spans)
-    trained = list(zip(borders[::2], borders[1::2], strict=True))
-    current = 0
-    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-        while current < len(trained) and trained[current][1] <= start:
-            current += 1
-        inside = current < len(trained) and trained[current][0] <= start and start < end
-        ids.append(token)
-        labels.append(token if inside else IGNORED)
-    return ids, labels
-
-
-def _characters(text: str, borders: list[int]) -> list[int]:
-    """Byte offsets as character offsets: what `tokenizers` reports."""
-    data = text.encode("utf-8")
-    return [len(data[:border].decode("utf-8")) for border in borders]
-
-
-def added_bos(tokenizer: Tokenizer, folder: Path) -> tuple[str, int] | None:
-    """Text and id of the BOS that the tokenizer puts in front by itself; None when it puts none."""
-    added = tokenizer.encode("x", add_special_tokens=True).ids
-    plain = tokenizer.encode("x", add_special_tokens=False).ids
-    config = read_object(folder / "tokenizer_config.json")
-    bos = config.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    bos_id = tokenizer.token_to_id(bos) if bos else None
-    if bos is None or bos_id is None or added[:1] != [bos_id] or plain[:1] == [bos_id]:
-        return None
-    return bos, bos_id
-
-
-class Encoded(NamedTuple):
-    """One row that fits."""
-
-    input_ids: list[int]
-    """[n] token ids."""
-    labels: list[int]
-    """[n] the token's id where it is trained, else -100."""
-    full_length: int
-    """Tokens before cutting."""
-
-
 @dataclass(frozen=True)
-class RowEncoder:
-    """Text and spans to ids and labels that fit; the step and `preview` share it."""
+class RowFitter:
+    """Texts to tokens that fit; the step, `check` and `preview` share it."""
 
-    tokenizer: Tokenizer
-    bos: tuple[str, int] | None
+    encoder: TextEncoder
     cutoff_len: int
     overlong: str
+    cut_answers: bool
+    end: int | None
+    """Id put behind every document of plain text; None for conversations."""
 
     @classmethod
-    def from_step(cls, step: Step, base: Path) -> RowEncoder:
-        """The encoder of a tokenize step.
+    def make(cls, identity: dict[str, Any], base: Path, meta: dict[str, Any], library: str) -> RowFitter:
+        """The fitter of a tokenize step.
+
+        Args:
+            identity: of the step.
+            base: the model's folder.
+            meta: what the render step says about its rows: `shape`, `control_tokens`.
+            library: `fastokens` or `tokenizers`.
 
         Raises:
-            InputError: tokenizer.json is not one.
+            InputError: tokenizer.json is not one, or a text model has no EOS.
         """
-        try:
-            tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            problem = Problem(str(base / "tokenizer.json"), f"not a tokenizer: {error}", "Copy the model again.")
-            raise InputError(problem) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        identity = step.identity
-        return cls(tokenizer, added_bos(tokenizer, base), identity["cutoff_len"], identity["overlong"])
+        encoder = TextEncoder(base, frozenset(meta["control_tokens"]), library)
+        end = _end_of_text(encoder, base) if meta["shape"] == "text" else None
+        cut = bool(identity.get("cut_answers"))
+        return cls(encoder, identity["cutoff_len"], identity["overlong"], cut, end)
 
-    def encode_batch(self, rows: list[dict[str, Any]]) -> list[Encoded | BadRow]:
-        """Ids and labels of rows with `text` and `spans`; a `BadRow` where a row does not fit."""
-        encodings = self.tokenizer.encode_batch([row["text"] for row in rows], add_special_tokens=False)
-        found = []
-        for row, encoding in zip(rows, encodings, strict=True):
-            # exactly one BOS: the template's own, or the one the tokenizer would add
-            prefix = [self.bos[1]] if self.bos and not row["text"].startswith(self.bos[0]) else []
-            found.append(self._fit(*encode_row(encoding, row["text"], row["spans"], prefix)))
-        return found
+    def fit(self, texts: list[Text]) -> tuple[TokenBatch, numpy.ndarray[Any, Any], list[BadRow | None]]:
+        """Tokens, tokens before cutting, and for each text why it is left out (its tokens are then not to be used)."""
+        batch = self.encoder.encode(texts)
+        if self.end is not None:
+            batch = with_end(batch, self.end)
+        full = batch.lengths()
+        refused: list[BadRow | None] = [None] * len(texts)
+        too_long = (full > self.cutoff_len) & (self.overlong != "split")
+        if self.overlong == "truncate":
+            batch = batch.cut(self._kept(batch))
+        else:
+            for number in numpy.flatnonzero(too_long).tolist():
+                refused[number] = BadRow(TOO_LONG, f"{full[number]} tokens, cutoff_len is {self.cutoff_len}")
+        for number in numpy.flatnonzero(batch.trained_tokens() == 0).tolist():
+            what = "answer" if self.cut_answers else "whole answer"
+            rule = f"no token of {'an' if self.cut_answers else 'a'} {what} is left within cutoff_len {self.cutoff_len}"
+            refused[number] = refused[number] or BadRow(NOT_TRAINED, rule)
+        return batch, full, refused
 
-    def encode(self, text: str, spans: list[int]) -> Encoded | BadRow:
-        """`encode_batch` of one row."""
-        return self.encode_batch([{"text": text, "spans": spans}])[0]
+    def _kept(self, batch: TokenBatch) -> numpy.ndarray[Any, Any]:
+        """[rows] tokens to keep of each row: `cutoff_len`, or less, so that no answer loses its terminator."""
+        lengths = numpy.minimum(batch.lengths(), self.cutoff_len)
+        if self.cut_answers:
+            return lengths
+        for row in numpy.flatnonzero(batch.lengths() > self.cutoff_len).tolist():
+            marks = batch.trained[batch.offsets[row] : batch.offsets[row + 1]]
+            cut = int(lengths[row])
+            if marks[cut - 1] and marks[cut]:  # inside an answer: go back to the end of the one before
+                outside = numpy.flatnonzero(~marks[:cut])
+                before = numpy.flatnonzero(marks[: int(outside[-1])]) if len(outside) else outside
+                lengths[row] = int(before[-1]) + 1 if len(before) else 0
+        return lengths
 
-    def _fit(self, ids: list[int], labels: list[int]) -> Encoded | BadRow:
-        if len(ids) > self.cutoff_len and self.overlong != "truncate":
-            return BadRow(TOO_LONG, f"{len(ids)} tokens, cutoff_len is {self.cutoff_len}")
-        full_length, ids, labels = len(ids), ids[: self.cutoff_len], labels[: self.cutoff_len]
-        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
-            return BadRow("no_trained_tokens", f"no token of an answer is left within cutoff_len {self.cutoff_len}")
-        return Encoded(ids, labels, full_length)
+
+class ChunkTokenizer:
+    """Makes one shard of one rendered chunk."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        base = Path(settings["base"])
+        self.fitter = RowFitter.make(settings["identity"], base, settings["meta"], settings["library"])
+        self.width = 2 if settings["meta"]["shape"] == "preference" else 1
+
+    def __call__(self, task: dict[str, Any], payload: bytes, target: Path) -> dict[str, Any]:
+        table = read_table(Path(task["input"]))
+        texts = texts_of(table)
+        sample = texts[:: max(1, len(texts) // CHECKED_ROWS)][:CHECKED_ROWS]
+        if self.fitter.encoder.library == FASTOKENS and not self.fitter.encoder.agrees(sample):
+            raise ProgramError(NOT_FAST, "fastokens and tokenizers give different ids for a row")
+        batch, full, refused = self.fitter.fit(texts)
+        rows, lines = table["row"].to_pylist(), table["line"].to_pylist()
+        left_out = []
+        kept = numpy.ones(len(texts), numpy.bool_)
+        for first in range(0, len(texts), self.width):  # both texts of a pair, or none
+            bad = next((bad for bad in refused[first : first + self.width] if bad), None)
+            if bad:
+                kept[first : first + self.width] = False
+                left_out.append([rows[first], lines[first], bad.reason, bad.detail])
+        batch = batch.select(kept)
+        write_shard(target, batch, numpy.array(rows, numpy.int64)[kept], numpy.array(lines, numpy.int32)[kept])
+        return {
+            "read": len(texts),
+            "rows": int(kept.sum()),
+            "tokens": len(batch.ids),
+            "trained_tokens": int(batch.trained_tokens().sum()),
+            "truncated": int((full[kept] > batch.lengths()).sum()),
+            "left_out": left_out,
+        }
+
+
+def texts_of(table: pa.Table) -> list[Text]:
+    """The texts of a rendered chunk."""
+    columns = (table[name].to_pylist() for name in ("text", "spans", "typed"))
+    return [Text(*values) for values in zip(*columns, strict=True)]
+
+
+def write_shard(path: Path, batch: TokenBatch, rows: Any, lines: Any) -> None:
+    """Write rows as a shard."""
+    offsets = pa.array(batch.offsets, pa.int32())
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (batch.ids, batch.labels())]
+    record = pa.RecordBatch.from_arrays([*lists, pa.array(rows), pa.array(lines)], schema=SHARD_SCHEMA)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SHARD_SCHEMA) as writer:
+        writer.write_batch(record)
+
+
+def _end_of_text(encoder: TextEncoder, base: Path) -> int:
+    from tasks.jsonlines import read_object
+
+    config = read_object(base / "tokenizer_config.json")
+    token = config.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    number = encoder.tokenizer.token_to_id(token) if token else None
+    if number is None:
+        rule = f"eos_token is {token!r}, which the tokenizer does not have; plain text needs one between documents"
+        raise InputError(Problem(str(base / "tokenizer_config.json"), rule, "Set eos_token."))
+    return int(number)
 
 
 def tokenize(work: Work) -> dict[str, Any]:
-    """Tokenize every row, pack, write shards and `statistics.json`; chunks of an interrupted attempt are kept.
+    """Tokenize every chunk, then order and pack; finished chunks of earlier attempts and data sets are used again.
 
     Raises:
         InputError: a row too long under `overlong: error`, or no row left.
     """
-    encoder = RowEncoder.from_step(work.step, work.inputs["base"])
-    chunks = read_chunks(work.inputs["rendered"] / "rows")
-    total = sum(pq.read_metadata(path).num_rows for path in chunks)
-    done = 0
-    for chunk in chunks:
-        table = pq.read_table(chunk)
-        finished = work.scratch / f"{chunk.stem}.json"
-        if not finished.exists():
-            refused = _tokenize_chunk(work, encoder, table, int(chunk.stem), done, total)
-            part = finished.with_suffix(".part")
-            part.write_text(json.dumps(refused, ensure_ascii=False), encoding="utf-8")
-            part.rename(finished)
-        done += table.num_rows
-        work.progress(done, total, "rows")
-    kept, rejects = _kept(work, total)
-    rejects.write(work.output)
-    statistics = _write_shards(work, kept) | {"left_out": rejects.counts(), "rows_read": total}
-    (work.output / "statistics.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
-    return statistics
-
-
-def _tokenize_chunk(
-    work: Work, encoder: RowEncoder, table: pa.Table, number: int, done: int, total: int
-) -> list[dict[str, Any]]:
-    """Write one chunk of ids and labels; the rows that do not fit."""
-    rows, refused = [], []
-    for start in range(0, table.num_rows, BATCH):
-        work.progress(done + start, total, "rows")
-        batch = table.slice(start, BATCH).to_pylist()
-        for row, encoded in zip(batch, encoder.encode_batch(batch), strict=True):
-            origin = {"source": row["source"], "row": row["row"]}
-            if isinstance(encoded, BadRow):
-                refused.append(origin | {"place": row["place"], "reason": encoded.reason, "detail": encoded.detail})
-            else:
-                rows.append(origin | encoded._asdict())
-    write_chunk(work.scratch, number, pa.Table.from_pylist(rows, ROW_SCHEMA))
-    return refused
-
-
-def _kept(work: Work, total: int) -> tuple[pa.Table, Rejects]:
-    """All rows that fit, and the rows left out.
-
-    Raises:
-        InputError: a row too long under `overlong: error`, or none left.
-    """
-    rejects, files = Rejects(), work.step.runtime["files"]
-    chunks = read_chunks(work.scratch)
-    for chunk in chunks:
-        for row in json.loads(chunk.with_suffix(".json").read_text(encoding="utf-8")):
-            rejects.add(files[row["source"]], row["place"], row["row"], BadRow(row["reason"], row["detail"]))
-    kept = pa.concat_tables([pq.read_table(chunk) for chunk in chunks])
-    require_fitting(work.step, rejects, kept.num_rows)
+    meta, chunks = rendered_chunks(work.inputs["rendered"])
+    library = FASTOKENS
+    try:
+        made = _make(work, meta, chunks, library)
+    except (ProgramError, ProgramFailed) as error:
+        if error.kind != NOT_FAST:
+            raise
+        work.note(f"{error}; tokenizers does the work")
+        library = TOKENIZERS
+        made = _make(work, meta, chunks, library)
+    rejects, total = Rejects(), 0
+    files = file_names(work.inputs["rendered"], work.step.runtime)
+    for chunk, shard in zip(chunks, made, strict=True):
+        total += shard.report["read"]
+        for row, line, reason, detail in shard.report["left_out"]:
+            rejects.add(files[chunk["source"]][chunk["file"]], place(row, line), row, BadRow(reason, detail))
+    kept = sum(shard.report["rows"] for shard in made)
+    require_fitting(work.step, rejects, kept)
     if rejects.rows:
         work.note(f"left out {len(rejects.rows)} of {total} rows: {rejects.counts()}")
-    return kept, rejects
+    rejects.write(work.output)
+    filled = [(chunk, shard) for chunk, shard in zip(chunks, made, strict=True) if shard.report["rows"]]
+    return _collect(work, meta, filled, {"left_out": rejects.counts(), "rows_read": total, "library": library})
+
+
+def _make(work: Work, meta: dict[str, Any], chunks: list[dict[str, Any]], library: str) -> list[Made]:
+    settings = {
+        "identity": work.identity,
+        "base": str(work.inputs["base"]),
+        "meta": meta,
+        "library": library,
+    }
+    constant = {
+        "step": work.step.kind,
+        "version": VERSION,
+        "identity": {name: value for name, value in work.identity.items() if name not in ("packing", "mixture")},
+        "meta": meta,
+        "base": work.digests["base"],
+        "library": library,
+        "packages": work.packages,
+    }
+    folder = work.inputs["rendered"]
+    pending = [
+        Chunk(fingerprint(constant | {"input": chunk["sha256"]}), {"input": str(folder / chunk["path"])})
+        for chunk in chunks
+    ]
+    return make_chunks(
+        "tasks.shards:ChunkTokenizer",
+        settings,
+        pending,
+        ChunkCache(work.home, work.step.kind, work.rebuilding),
+        work.step.runtime["workers"],
+        work.counter([chunk["rows"] for chunk in chunks]),
+        work.stop,
+    )
 
 
 def require_fitting(step: Step, rejects: Rejects, rows: int) -> None:
@@ -256,60 +282,51 @@ def require_fitting(step: Step, rejects: Rejects, rows: int) -> None:
         raise InputError([*shown, Problem("cutoff_len", f"none of {count} rows can be used", cure)], "tokenize")
 
 
-def _sequences(rows: pa.Table, groups: list[list[int]]) -> Iterator[dict[str, Any]]:
-    for group in groups:
-        members = rows.take(group).to_pylist()
-        yield {
-            "input_ids": [token for row in members for token in row["input_ids"]],
-            "labels": [label for row in members for label in row["labels"]],
-            "seq_lengths": [len(row["input_ids"]) for row in members],
-            "sources": [row["source"] for row in members],
-            "rows": [row["row"] for row in members],
-        }
-
-
-def _write_shards(work: Work, rows: pa.Table) -> dict[str, Any]:
-    """Shards, `state.json` and `dataset_info.json`, as `datasets.Dataset.save_to_disk` lays them out."""
-    cutoff_len, packing = work.identity["cutoff_len"], work.identity["packing"]
-    lengths = pa.compute.list_value_length(rows["input_ids"]).to_pylist()
-    groups = pack(lengths, cutoff_len) if packing else [[index] for index in range(len(lengths))]
-    count = -(-len(groups) // SHARD_SEQUENCES)
-    names = [f"data-{number:05d}-of-{count:05d}.arrow" for number in range(count)]
-    for number, name in enumerate(names):
-        part = groups[number * SHARD_SEQUENCES : (number + 1) * SHARD_SEQUENCES]
-        work.progress(number, count, "shards")
-        with pa.OSFile(str(work.output / name), "wb") as sink, pa.ipc.new_stream(sink, SHARD_SCHEMA) as writer:
-            for start in range(0, len(part), 1000):
-                writer.write_table(
-                    pa.Table.from_pylist(list(_sequences(rows, part[start : start + 1000])), SHARD_SCHEMA)
-                )
-    _describe(work.output, names)
-    trained = sum(label != IGNORED for labels in rows["labels"].to_pylist() for label in labels)
-    ordered = sorted(lengths)
-    return {
+def _collect(
+    work: Work, meta: dict[str, Any], filled: list[tuple[dict[str, Any], Made]], counts: dict[str, Any]
+) -> dict[str, Any]:
+    """Shards, index and `statistics.json`."""
+    made = [shard for _, shard in filled]
+    names = [f"data-{number:05d}-of-{len(made):05d}.arrow" for number in range(len(made))]
+    for name, shard in zip(names, made, strict=True):
+        link(shard, work.output / name)
+        work.known[name] = (shard.size, shard.sha256)
+    describe_shards(work.output, names, [shard.sha256 for shard in made])
+    entries = [{name: chunk[name] for name in ("source", "file")} for chunk, _ in filled]
+    (work.output / ORIGINS).write_text(json.dumps(entries), encoding="utf-8")
+    tokenized = TokenizedRows(work.output)
+    lengths = tokenized.lengths()
+    sequences = _sequences(work.identity, lengths, _order(work, tokenized, entries))
+    write_index(work.output, sequences)
+    count = len(sequences.offsets) - 1
+    statistics = {
         "rows": len(lengths),
-        "sequences": len(groups),
-        "tokens": sum(lengths),
-        "trained_tokens": trained,
-        "truncated": sum(full > kept for full, kept in zip(rows["full_length"].to_pylist(), lengths, strict=True)),
-        "longest": ordered[-1],
-        "median": ordered[len(ordered) // 2],
-        "filled": round(sum(lengths) / (len(groups) * cutoff_len), 4) if packing else None,
+        "sequences": count,
+        **{name: sum(shard.report[name] for shard in made) for name in ("tokens", "trained_tokens", "truncated")},
+        **describe_lengths(lengths),
+        "filled": round(int(sequences.lengths.sum()) / (count * work.identity["cutoff_len"]), 4),
+        **counts,
     }
+    if not work.identity["packing"]:
+        statistics["filled"] = None
+    (work.output / STATISTICS).write_text(json.dumps(statistics, indent=1), encoding="utf-8")
+    return {name: value for name, value in statistics.items() if name != "histogram"}
 
 
-def _describe(output: Path, names: list[str]) -> None:
-    """The two files by which `datasets` knows a saved data set."""
-    kinds = {field.name: str(field.type.value_type) for field in SHARD_SCHEMA}
-    features = {name: {"feature": {"dtype": kind, "_type": "Value"}, "_type": "List"} for name, kind in kinds.items()}
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": fingerprint([sha256_file(output / name) for name in names])[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    (output / "dataset_info.json").write_text(json.dumps({"features": features}, indent=1), encoding="utf-8")
-    (output / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+def _order(work: Work, tokenized: TokenizedRows, entries: list[dict[str, Any]]) -> Any:
+    """[rows of an epoch] which rows are seen, in order."""
+    mixture = work.identity.get("mixture")
+    if mixture is None:
+        return numpy.arange(len(tokenized))
+    counts = numpy.diff(tokenized.first)
+    sources = numpy.repeat([entry["source"] for entry in entries], counts)
+    return mixed([numpy.flatnonzero(sources == number) for number in range(len(mixture["repeats"]))], mixture)
+
+
+def _sequences(identity: dict[str, Any], lengths: Any, rows: Any) -> Sequences:
+    lengths = lengths[rows]
+    if identity["overlong"] == "split":
+        return (blocks if identity["packing"] else cut_apart)(rows, lengths, identity["cutoff_len"])
+    if identity["packing"]:
+        return pack(rows, lengths, identity["cutoff_len"])
+    return one_by_one(rows, lengths)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tasks.control_text import Scanner
 
 Message = Mapping[str, Any]
 Draw = Callable[[Sequence[Message], bool], str]
@@ -37,6 +39,8 @@ class Rendered:
     """Character ranges [start, end), one per assistant turn, in order."""
     lost: tuple[str, ...] = ()
     """What the row has and the text has not: roles, `tools`, `reasoning`. Sorted."""
+    typed: tuple[tuple[int, int], ...] = ()
+    """Character ranges of control tokens that are plain text, because somebody typed them (see `tasks.encoding`)."""
 
 
 @dataclass(frozen=True)
@@ -60,42 +64,6 @@ class Shape:
     """(prompt, lead), longest first: the generation prompt and what the template writes between it and the answer."""
     prompted: bool
     """False: the template writes a header before answers that its generation prompt does not have."""
-
-
-class Scanner:
-    """Finds control tokens in text; fast also for the thousands of them that some vocabularies have."""
-
-    def __init__(self, tokens: frozenset[str]) -> None:
-        self.tokens = tokens
-        self.lengths = sorted({len(token) for token in tokens}, reverse=True)
-        beginnings = sorted({token[:2] for token in tokens})
-        self.beginning = re.compile("|".join(map(re.escape, beginnings)) or "(?!)")  # (?!) never matches
-
-    def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """[start, end) of every control token, leftmost and longest first.
-
-        >>> list(Scanner(frozenset({"<s>", "</s>"})).find("a</s><s>"))
-        [(1, 5), (5, 8)]
-        """
-        position = 0
-        while hit := self.beginning.search(text, position):
-            start = hit.start()
-            token = next((text[start : start + n] for n in self.lengths if text[start : start + n] in self.tokens), "")
-            if token:
-                yield start, start + len(token)
-            position = start + (len(token) or 1)
-
-    def common_prefix(self, one: str, two: str) -> str:
-        """The longest common prefix that cuts no control token of either text.
-
-        >>> Scanner(frozenset({"<|end|>", "<|eos|>"})).common_prefix("<|end|>\\n<|eos|>", "<|end|>\\n<|user|>")
-        '<|end|>\\n'
-        """
-        length = next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-        for start, end in (*self.find(one), *self.find(two)):
-            if start < length < end:
-                length = start
-        return one[:length]
 
 
 def learn(draw: Draw, scanner: Scanner) -> Shape | Refusal:
@@ -156,12 +124,20 @@ class Finder:
         messages: the row.
         text: its rendering.
         marked: parts inside `{% generation %}`, when the template has such marks.
+        first: number of the first message, for what refusals say.
     """
 
     def __init__(
-        self, draw: Draw, shape: Shape, messages: Sequence[Message], text: str, marked: list[tuple[int, int]] | None
+        self,
+        draw: Draw,
+        shape: Shape,
+        messages: Sequence[Message],
+        text: str,
+        marked: list[tuple[int, int]] | None,
+        first: int = 1,
     ) -> None:
         self.draw, self.shape, self.messages, self.text, self.marked = draw, shape, messages, text, marked
+        self.first = first
         self.word = PROBE_WORDS[0]
         while self.word in text:
             self.word += "x"
@@ -182,7 +158,7 @@ class Finder:
         return tuple(spans) if spans else Refusal("no_answer", "no message is an assistant's")
 
     def _refuse(self, reason: str, index: int, what: str) -> Refusal:
-        return Refusal(reason, f"message {index + 1} ({self.messages[index]['role']}) {what}")
+        return Refusal(reason, f"message {index + self.first} ({self.messages[index]['role']}) {what}")
 
     def _turn(self, index: int, message: Message) -> tuple[int, int] | Refusal:
         content = plain_text(message.get("content"))
@@ -309,9 +285,12 @@ class Finder:
                 return self._refuse("mask_not_proved", index, "begins at two different places, found in two ways")
             if before.startswith(prompt) or prompt.startswith(before):
                 return len(prompt)
-        if form is None or not text.startswith(before[:form]):
+        if form is not None and text.startswith(before[:form]):
+            return form
+        mark = self._mark(index)  # the header differs here, e.g. at the start of a conversation: the mark has to do
+        if mark is None or mark[0] > len(before):
             return self._refuse("mask_not_proved", index, "begins at a place that cannot be proved")
-        return form
+        return mark[0]
 
     def _check_answer(self, index: int, before: str, end: int, answer: str) -> Refusal | None:
         """The text between what stays the same must be the answer, give or take white space at its ends."""

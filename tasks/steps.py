@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,12 @@ class Work:
     home: Home
     stop: threading.Event
     emit: Callable[[dict[str, Any]], None]
+    packages: dict[str, str] = field(default_factory=dict)
+    """Versions that are part of the key."""
+    rebuilding: bool = False
+    """The artifact was there and damaged; what it was made of may be damaged as well."""
+    known: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Output files whose size and sha256 are known already."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -126,6 +133,12 @@ class Work:
         """
         check_stop(self.stop)
         self.emit({"kind": "progress", "step": done, "total": total, "unit": unit})
+
+    def counter(self, rows: Iterable[int]) -> Callable[[Any], None]:
+        """A function that counts on by the next of `rows` at each call, for `make_chunks`."""
+        sizes = list(rows)
+        counts = iter(accumulate(sizes))
+        return lambda _: self.progress(next(counts), sum(sizes), "rows")
 
     def spec(self, base_digest: bool = False) -> Spec:
         """The spec of a program that does this step.
@@ -223,7 +236,7 @@ def do(
         damaged = store.set_aside_if_damaged(step.kind, ready.key)
         if damaged:
             say(f"made again, because the artifact was damaged: {damaged}")
-        work = _open_work(step, store, ready, stop, emit)
+        work = _open_work(step, store, ready, stop, emit, bool(damaged))
         with _slot(step, store.home, stop, say):
             started = time.monotonic()  # waiting for others is not this step's time
             counts = _function(step)(work)
@@ -233,13 +246,29 @@ def do(
 
 
 def _open_work(
-    step: Step, store: Store, ready: Ready, stop: threading.Event, emit: Callable[[dict[str, Any]], None]
+    step: Step,
+    store: Store,
+    ready: Ready,
+    stop: threading.Event,
+    emit: Callable[[dict[str, Any]], None],
+    rebuilding: bool,
 ) -> Work:
     folder = store.work_folder(step.kind, ready.key)
     remove_folder(folder / "output")
     (folder / "output").mkdir(parents=True)
     (folder / "scratch").mkdir(exist_ok=True)
-    return Work(step, ready.paths, ready.digests, folder / "output", folder / "scratch", store.home, stop, emit)
+    return Work(
+        step,
+        ready.paths,
+        ready.digests,
+        folder / "output",
+        folder / "scratch",
+        store.home,
+        stop,
+        emit,
+        ready.payload["packages"],
+        rebuilding,
+    )
 
 
 def _slot(step: Step, home: Home, stop: threading.Event, say: Callable[[str], None]) -> Any:
@@ -271,7 +300,7 @@ def _commit(
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
         **provenance(),
     }
-    return store.commit(step.kind, step.label, manifest, work.output)
+    return store.commit(step.kind, step.label, manifest, work.output, work.known)
 
 
 def _origin(path: Path) -> dict[str, Any]:

@@ -7,25 +7,17 @@ The day is no input: `strftime_now` answers with a fixed date that is part of th
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property, lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-from jinja2.utils import Namespace
 
-from registry.core import read_text
 from registry.errors import InputError, Problem
+from tasks.control_text import ControlTokens, Disguise, Scanner, find_typed
 from tasks.jsonlines import read_object
 from tasks.spans import (
     PROBE_WORDS,
@@ -35,20 +27,20 @@ from tasks.spans import (
     Message,
     Refusal,
     Rendered,
-    Scanner,
     Shape,
     TemplateFailure,
     appears,
     learn,
     plain_text,
 )
+from tasks.template_files import NAMED_TOKENS, added_tokens, folder_template, token_text
+from tasks.template_language import GENERATION, MARK_END, MARK_START, MARKS_WANTED, compile_template
 
-__all__ = ["ChatTemplate", "Refusal", "Rendered"]
+__all__ = ["DEFAULT_DATE", "ChatTemplate", "ControlTokens", "Refusal", "Rendered", "compile_template", "trained_spans"]
 
 DEFAULT_DATE = "2024-07-26"  # the date that Llama 3.1's own template falls back to
-NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-MARK_START, MARK_END = "\ue0f0", "\ue0f1"  # private use: stand around `generation` bodies in one extra rendering
-MARKS_WANTED = "llamatuner_marks"
+Tools = Sequence[Mapping[str, Any]]
+Variables = Mapping[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -63,29 +55,41 @@ class ChatTemplate:
     """Added tokens marked special: text that the tokenizer turns into control tokens."""
     date: str | None = None
     """ISO day that `strftime_now` answers with; None: 2024-07-26, so that text is reproducible."""
+    variables: tuple[tuple[str, Any], ...] = ()
+    """Further variables the template sees, e.g. `("enable_thinking", False)`."""
+    default_system: str | None = None
+    """System message of a conversation that has none; None: whatever the template does then."""
 
     @classmethod
-    def from_folder(cls, folder: Path, text: str | None = None) -> ChatTemplate:
+    def from_folder(
+        cls,
+        folder: Path,
+        text: str | None = None,
+        variables: Variables | None = None,
+        default_system: str | None = None,
+    ) -> ChatTemplate:
         """The template of a model folder.
 
         Args:
             folder: holds tokenizer_config.json, and perhaps chat_template.jinja (which wins), special_tokens_map.json
                 and tokenizer.json.
             text: a template to use instead of the folder's.
+            variables: further variables of the template, e.g. `{"enable_thinking": False}`.
+            default_system: system message of conversations without one.
 
         Raises:
             InputError: no template in the folder, a file that is not JSON, or a template that does not compile.
         """
         config = read_object(folder / "tokenizer_config.json")
         named = {**read_object(folder / "special_tokens_map.json"), **config}
-        special = tuple((name, _token(named[name])) for name in NAMED_TOKENS if named.get(name))
-        added = _added_tokens(folder / "tokenizer.json") or config.get("added_tokens_decoder", {}).values()
+        special = tuple((name, token_text(named[name])) for name in NAMED_TOKENS if named.get(name))
+        added = added_tokens(folder / "tokenizer.json") or config.get("added_tokens_decoder", {}).values()
         control = frozenset(token["content"] for token in added if token.get("special") and token["content"])
         where = "chat template"
         if text is None:
-            where, text = _folder_template(folder, config)
+            where, text = folder_template(folder, config)
         compile_template(text, DEFAULT_DATE, where)
-        return cls(text, special, control)
+        return cls(text, special, control, None, tuple(sorted((variables or {}).items())), default_system)
 
     @property
     def uses_date(self) -> bool:
@@ -107,13 +111,24 @@ class ChatTemplate:
             "text": self.text,
             "special_tokens": dict(self.special_tokens),
             "control_tokens": sorted(self.control_tokens),
-            "date": self._date if self.uses_date else None,
+            "date": self.day if self.uses_date else None,
+            "variables": dict(self.variables),
+            "default_system": self.default_system,
         }
+
+    def with_variables(self, variables: Variables) -> ChatTemplate:
+        """The same template with further variables; made once for each set of them."""
+        key = tuple(sorted({**dict(self.variables), **variables}.items()))
+        if key == self.variables:
+            return self
+        if key not in self._variants:
+            self._variants[key] = replace(self, variables=key)
+        return self._variants[key]
 
     def render(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         add_generation_prompt: bool = False,
         **kwargs: Any,
     ) -> str:
@@ -129,15 +144,41 @@ class ChatTemplate:
             InputError: the template refuses the conversation; carries the template's own words.
         """
         try:
-            return self._draw(messages, tools, add_generation_prompt, **kwargs)
+            return self._draw(self.with_system(messages), tools, add_generation_prompt, **kwargs)
         except TemplateFailure as error:
             raise InputError(Problem("chat template", str(error))) from error
+
+    def render_prompt(
+        self, messages: Sequence[Message], tools: Tools | None = None, control_tokens: ControlTokens = "plain"
+    ) -> tuple[str, tuple[tuple[int, int], ...]] | Refusal:
+        """What a model is given to answer: text with the header of the answer, and where control tokens were typed.
+
+        Args:
+            messages, tools, control_tokens: as `render_training`.
+        """
+        messages = self.with_system([{n: v for n, v in message.items() if v is not None} for message in messages])
+        typed = [] if control_tokens == "keep" else list(find_typed(messages, tools, self._scanner))
+        for found in typed:
+            if control_tokens == "refuse" or not found.can_be_hidden:
+                return Refusal("control_text", f"{found.place} has the text of the control token {found.token!r}")
+        try:
+            kept = self._draw(messages, tools, True)
+            if not typed:
+                return kept, ()
+            disguise = Disguise.of_row(self._scanner, messages, tools, self.text)
+            revealed = disguise.reveal(self._draw(disguise.messages(messages), disguise.tools(tools), True))
+        except TemplateFailure as error:
+            return Refusal("template_error", f"the template refuses the conversation: {error}")
+        if revealed is None or revealed.text != kept:
+            return Refusal("control_text", "the template acts upon the text of a control token that somebody typed")
+        return kept, revealed.typed
 
     def render_training(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        allow_control_text: bool = False,
+        tools: Tools | None = None,
+        control_tokens: ControlTokens = "plain",
+        variables: Variables | None = None,
     ) -> Rendered | Refusal:
         """A conversation as text with the spans to train on, or why not.
 
@@ -154,8 +195,9 @@ class ChatTemplate:
         Args:
             messages: the row.
             tools: JSON schemas.
-            allow_control_text: render a row in which somebody typed the text of a control token, which the tokenizer
-                would take for a real one.
+            control_tokens: what the text of a control token that somebody typed becomes: `plain` (text like any other;
+                `Rendered.typed` says where it stands), `keep` (a real control token) or `refuse` (the row).
+            variables: of the template, beside its own.
 
         Returns:
             `Rendered`, or a `Refusal`: `template_error` (the template raised), `no_answer` (no assistant turn),
@@ -163,14 +205,28 @@ class ChatTemplate:
             terminator to learn), `no_generation_prompt` (the template's header for answers is not in its generation
             prompt), `content_not_text`, or `mask_not_proved`.
         """
+        if variables:
+            return self.with_variables(variables).render_training(messages, tools, control_tokens)
         messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
         if not any(message.get("role") == "assistant" for message in messages):
             return Refusal("no_answer", "no message is an assistant's")
-        if not allow_control_text and (refusal := self._control_text(messages, tools)):
-            return refusal
+        given, messages = len(messages), self.with_system(messages)
+        first = 1 + given - len(messages)
+        typed = [] if control_tokens == "keep" else list(find_typed(messages, tools, self._scanner, first))
+        for found in typed:
+            if control_tokens == "refuse" or not found.can_be_hidden:
+                return Refusal("control_text", f"{found.place} has the text of the control token {found.token!r}")
+        result = (self._render_disguised if typed else self._render_row)(messages, tools, first)
+        if control_tokens != "keep" and isinstance(result, Rendered):
+            for border in (border for span in result.spans for border in span):
+                if token := self._scanner.across(result.text, border):
+                    return Refusal("control_text", f"an answer and the text beside it make the control token {token!r}")
+        return result
+
+    def _render_row(self, messages: Sequence[Message], tools: Tools | None, first: int) -> Rendered | Refusal:
         try:
             text = self._draw(messages, tools)
-            marked = self._marked(messages, tools, text)
+            marked = self.generation_marks(messages, tools, text)
         except TemplateFailure as error:
             return Refusal("template_error", f"the template refuses the conversation: {error}")
         shape = self.shape
@@ -180,19 +236,50 @@ class ChatTemplate:
         def draw(changed: Sequence[Message], add_generation_prompt: bool) -> str:
             return self._draw(changed, tools, add_generation_prompt)
 
-        finder = Finder(draw, shape, messages, text, marked)
+        finder = Finder(draw, shape, messages, text, marked, first)
         spans = finder.find()
         if isinstance(spans, Refusal):
             return spans
         return Rendered(text, spans, tuple(sorted(finder.lost | _find_lost(draw, messages, tools, text))))
 
+    def _render_disguised(self, messages: Sequence[Message], tools: Tools | None, first: int) -> Rendered | Refusal:
+        """A row with typed control tokens: rendered with these disguised, which must change nothing else."""
+        disguise = Disguise.of_row(self._scanner, messages, tools, self.text)
+        result = self._render_row(disguise.messages(messages), disguise.tools(tools), first)
+        try:
+            kept = self._draw(messages, tools)
+        except TemplateFailure as error:
+            return Refusal("template_error", f"the template refuses the conversation: {error}")
+        if isinstance(result, Refusal) and result.reason != "template_error":
+            return Refusal(result.reason, disguise.plain(result.detail))
+        revealed = None if isinstance(result, Refusal) else disguise.reveal(result.text)
+        if isinstance(result, Refusal) or revealed is None or revealed.text != kept:
+            return Refusal("control_text", "the template acts upon the text of a control token that somebody typed")
+        spans = tuple((revealed.shifted(start), revealed.shifted(end)) for start, end in result.spans)
+        return replace(result, text=kept, spans=spans, typed=revealed.typed)
+
     @property
-    def _date(self) -> str:
+    def day(self) -> str:
+        """The ISO day that `strftime_now` answers with."""
         return self.date or DEFAULT_DATE
 
     @cached_property
     def _scanner(self) -> Scanner:
         return Scanner(self.control_tokens)
+
+    def has_control_text(self, text: str) -> bool:
+        """Whether a text holds the text of a control token."""
+        return next(self._scanner.find(text), None) is not None
+
+    @cached_property
+    def _variants(self) -> dict[tuple[tuple[str, Any], ...], ChatTemplate]:
+        return {}
+
+    def with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, with `default_system` in front where they have none."""
+        if self.default_system is None or (messages and messages[0].get("role") == "system"):
+            return messages
+        return [{"role": "system", "content": self.default_system}, *messages]
 
     @cached_property
     def shape(self) -> Shape | Refusal:
@@ -200,35 +287,48 @@ class ChatTemplate:
         tokens = self.control_tokens | {token for _, token in self.special_tokens if token}
         return learn(lambda messages, prompt: self._draw(messages, None, prompt), Scanner(tokens))
 
-    def _draw(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool = False,
-        **kwargs: Any,
-    ) -> str:
-        variables = {
+    def variables_of(
+        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Everything the template sees of a conversation."""
+        return {
             **dict(self.special_tokens),
+            **dict(self.variables),
             **kwargs,
             "messages": [_as_templates_expect(message) for message in messages],
             "tools": tools,
             "documents": kwargs.get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
+
+    def _draw(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        variables = self.variables_of(messages, tools, add_generation_prompt, **kwargs)
         try:
-            return compile_template(self.text, self._date, "chat template").render(variables)
+            return compile_template(self.text, self.day, "chat template").render(variables)
         except InputError:
             raise
         except Exception as error:  # the template is a stranger's program: it can raise anything
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
             raise TemplateFailure(f"{kind}{error}") from error
 
-    def _marked(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, text: str
+    def generation_marks(
+        self, messages: Sequence[Message], tools: Tools | None = None, text: str | None = None
     ) -> list[tuple[int, int]] | None:
-        """The character ranges inside `{% generation %}`; None when the template has no such tag."""
-        if not re.search(r"\{%[-+]?\s*generation\b", self.text):
+        """The character ranges inside `{% generation %}`; None when the template has no such tag.
+
+        Args:
+            messages, tools: the row, without default system message.
+            text: its rendering, where it is known.
+        """
+        if not GENERATION.search(self.text):
             return None
+        text = self._draw(messages, tools) if text is None else text
         ranges, starts, length = [], [], 0
         pieces = re.split(f"([{MARK_START}{MARK_END}])", self._draw(messages, tools, **{MARKS_WANTED: True}))
         for piece in pieces:
@@ -240,25 +340,33 @@ class ChatTemplate:
                 length += len(piece)
         return ranges if "".join(pieces[::2]) == text else []
 
-    def _control_text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> Refusal | None:
-        for place, value in (*((f"message {n}", message) for n, message in enumerate(messages, 1)), ("tools", tools)):
-            for string in _strings(value):
-                for start, end in self._scanner.find(string):
-                    return Refusal("control_text", f"{place} has the text of the control token {string[start:end]!r}")
-        return None
 
+def trained_spans(
+    rendered: Rendered, train_on_prompt: bool = False, mask_history: bool = False, bos_token: str = ""
+) -> tuple[tuple[int, int], ...]:
+    """Which part of a rendered row is trained: the answers, only the last of them, or everything.
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string inside JSON data, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _strings(name)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
+    >>> row = Rendered("<s>hi: ok; no: yes;", ((7, 10), (15, 19)))
+    >>> trained_spans(row), trained_spans(row, mask_history=True)
+    (((7, 10), (15, 19)), ((15, 19),))
+    >>> trained_spans(row, train_on_prompt=True, bos_token="<s>")
+    ((3, 19),)
+
+    Args:
+        rendered: the row.
+        train_on_prompt: everything but a leading BOS.
+        mask_history: only the last answer, with its terminator.
+        bos_token: text of the BOS.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    if train_on_prompt and mask_history:
+        raise ValueError("train_on_prompt trains everything, mask_history the last answer only: choose one")
+    if train_on_prompt:
+        start = len(bos_token) if bos_token and rendered.text.startswith(bos_token) else 0
+        return ((start, len(rendered.text)),)
+    return rendered.spans[-1:] if mask_history else rendered.spans
 
 
 def _find_lost(draw: Draw, messages: Sequence[Message], tools: Sequence[Any] | None, text: str) -> set[str]:
@@ -289,106 +397,3 @@ def _as_templates_expect(message: Message) -> dict[str, Any]:
     given = {name: value for name, value in message.items() if value is not None}
     reasoning = next((given[name] for name in REASONING_FIELDS if name in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`: the body, between marks where they are wanted."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own convention
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_body", [nodes.ContextReference()])
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _body(self, context: Context, caller: Callable[[], str]) -> str:
-        body = caller()
-        return f"{MARK_START}{body}{MARK_END}" if context.get(MARKS_WANTED) else body
-
-
-class _Dictionary:
-    """`dict` for templates, without the class's own attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """`namespace` for templates, closed to the interpreter's own names."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a template may not set {name!r} on a namespace")
-        super().__setitem__(name, value)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=32)
-def compile_template(text: str, date: str, where: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    day = datetime.fromisoformat(date)
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": day.strftime,
-        "dict": _Dictionary(),
-        "namespace": _Namespace,
-    }
-    try:
-        return environment.from_string(text)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
-        rule = f"the chat template does not compile: {getattr(error, 'message', error)}"
-        problem = Problem(f"{where}:{getattr(error, 'lineno', 1)}", rule)
-        raise InputError(problem) from error
-
-
-def _token(value: Any) -> str:
-    token = value.get("content") if isinstance(value, Mapping) else value
-    if not isinstance(token, str):
-        raise InputError(Problem("tokenizer_config.json", f"{value!r} is not a special token", "Copy the model again."))
-    return token
-
-
-def _added_tokens(path: Path) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json, without reading its vocabulary: that takes a second where it is large."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.search(r'"added_tokens"\s*:\s*', text)
-    if found is None:
-        return []
-    try:
-        return json.JSONDecoder().raw_decode(text, found.end())[0]
-    except ValueError as error:
-        raise InputError(Problem(str(path), f"is not JSON: {error}")) from error
-
-
-def _folder_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """File and text of a folder's own template."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return str(path), read_text(path)
-    path, found = folder / "tokenizer_config.json", config.get("chat_template")
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    if not found:
-        cure = "Choose one with `template:`, e.g. chatml, or use the model's chat variant."
-        raise InputError(Problem(str(path), "the model has no chat template", cure))
-    return str(path), found

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from registry.home import Home
@@ -157,6 +158,21 @@ class Tracker:
         """Keep a file as an artifact."""
         if run_id and path.is_file():
             self._try(lambda client: client.log_artifact(run_id, str(path), folder))
+
+    def content(self, run_id: str | None, make: Callable[[], bytes], file: str) -> None:
+        """Keep bytes, made only when somebody keeps them, as an artifact.
+
+        Args:
+            run_id: of the run; None when tracking does not work.
+            make: gives the bytes.
+            file: path of the artifact in the run, with or without folders.
+        """
+        if run_id is None or self._dead:
+            return
+        content, path = make(), PurePosixPath(file)  # here, so that a fault in it is not taken for one of MLflow
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / path.name).write_bytes(content)
+            self.file(run_id, Path(folder) / path.name, str(path.parent) if path.parent.name else None)
 
     def inputs(self, run_id: str | None, datasets: Mapping[str, tuple[str, str]], context: str) -> None:
         """Data set name → (where it is from, digest), as inputs of a run."""

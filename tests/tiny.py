@@ -13,6 +13,7 @@ from typing import Any
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")  # ids 256 to 260
 VOCABULARY = 264
+SHARD = "data-00000-of-00001.arrow"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -78,19 +79,33 @@ def tiny_model(folder: Path, seed: int = 0, dtype: str = "float32", **config: An
     return folder
 
 
-def write_shards(folder: Path, rows: Sequence[dict[str, Sequence[int]]]) -> Path:
-    """Save rows as a folder that `datasets.load_from_disk` opens.
+def write_shards(folder: Path, rows: Sequence[dict[str, list[int]]]) -> Path:
+    """Save rows as a tokenize artifact; one with `seq_lengths` is a sequence of so many rows.
 
     Args:
         folder: where to.
-        rows: `input_ids` and `labels` of equal length; `seq_lengths` is their length where it is missing.
+        rows: `input_ids`, `labels` and perhaps `seq_lengths` each.
     """
-    from datasets import Dataset, Features, List, Value
+    import numpy
 
-    names = ("input_ids", "labels", "seq_lengths")
-    whole = [{"seq_lengths": [len(row["input_ids"])], **row} for row in rows]
-    columns = {name: [list(row[name]) for row in whole] for name in names}
-    Dataset.from_dict(columns, features=Features({name: List(Value("int32")) for name in names})).save_to_disk(folder)
+    from tasks.packing import Sequences
+    from tasks.sequences import describe_shards, write_index
+    from tasks.shards import write_shard
+    from tasks.tokens import TokenBatch
+
+    folder.mkdir(parents=True)
+    counts = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
+    lengths = numpy.array([length for parts in counts for length in parts], numpy.int64)
+    offsets = numpy.concatenate([[0], numpy.cumsum(lengths)]).astype(numpy.int64)
+    ids = numpy.array([token for row in rows for token in row["input_ids"]], numpy.int32)
+    labels = numpy.array([label for row in rows for label in row["labels"]], numpy.int32)
+    assert ids[labels != -100].tolist() == labels[labels != -100].tolist()  # a label is the token itself
+    zeros = numpy.zeros(len(lengths), numpy.int64)
+    if len(lengths):
+        write_shard(folder / SHARD, TokenBatch(ids, labels != -100, offsets), zeros, zeros.astype(numpy.int32))
+    describe_shards(folder, [SHARD] if len(lengths) else [], [])
+    parts = numpy.cumsum([0, *map(len, counts)]).astype(numpy.int64)
+    write_index(folder, Sequences(parts, numpy.arange(len(lengths)), zeros, lengths))
     return folder
 
 

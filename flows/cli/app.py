@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,13 +69,18 @@ def check(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> No
 def preview(
     recipe: Recipe,
     overrides: Overrides = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows to show: 5 on a terminal, all with --json.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows to show: 5 on a terminal, 100 on a page, all with --json.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page for a browser, cut into tokens, instead.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show rendered rows with the trained part coloured."""
     from flows.cli.previewing import preview_recipe
 
-    preview_recipe(recipe, overrides or [], rows, json)
+    preview_recipe(recipe, overrides or [], rows, json, html)
 
 
 @app.command("list")

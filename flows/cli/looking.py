@@ -15,6 +15,7 @@ from flows.cli.output import people, print_json
 from registry.core import Registry
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
+from registry.templates import TemplateEntry
 
 STYLES = {"cached": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"}
 
@@ -55,7 +56,9 @@ def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
     from registry.loading import load_recipe
     from tasks.artifacts import Store
     from tasks.checking import count_usable
-    from tasks.fetch import count_rows
+    from tasks.fetch import count_usable_rows, found_forms
+    from tasks.preview import steps_behind
+    from tasks.source_rows import source_list
     from tasks.steps import LocalFolder
 
     console = people(as_json)
@@ -65,14 +68,18 @@ def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
     preflight(pipeline, plan(pipeline, Store(home)), home)
     data = {}
     for step in pipeline.steps:
-        if step.kind == "fetch":
-            usable, left_out = count_rows(step)
+        if step.kind == "fetch" and not step.inputs:  # else its files are not here yet
+            sources = source_list(step, {})
+            for sentence in found_forms(step, sources, [source.form() for source in sources]):
+                console.print(Text(sentence))
+            usable, left_out = count_usable_rows(step)
             data[step.title] = {"rows": usable, "left_out": left_out}
             report = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             console.print(Text(f"{step.title}: {usable} rows" + (f", left out: {report}" if report else "")))
     for step in pipeline.steps:
         base = step.inputs["base"].source if step.kind == "tokenize" else None
-        if isinstance(base, LocalFolder):  # else the model's template and tokenizer are not here yet
+        # else the model's template and tokenizer, or the rows, are not here yet
+        if isinstance(base, LocalFolder) and not steps_behind(step)[0].inputs:
             data[step.title] = count_usable(step, base.path)
     for stage in recipe.stages:
         batch = stage.train
@@ -90,7 +97,7 @@ def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
 
 def registries() -> dict[str, Registry[Any]]:
     """Everything known by name."""
-    from registry.data_sources import DATASETS
+    from registry.data_registry import DATASETS
     from registry.models import MODELS
     from registry.recipes import RECIPES
     from registry.stages import METHODS, STAGES
@@ -131,7 +138,9 @@ def list_registries(kind: str | None, as_json: bool) -> None:
 
 
 def _description(entry: Any) -> str:
-    """The entry's own words; of a file, its first comment line."""
+    """The entry's own words; of a template its models and stop words too; of a file, its first comment line."""
+    if isinstance(entry, TemplateEntry):
+        return entry.summary
     if hasattr(entry, "description"):
         return str(entry.description)
     first = entry.read_text(encoding="utf-8").splitlines()[0]

@@ -2,105 +2,124 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from flows.cli.output import people, print_json
 from flows.graph import StageSteps, build
+from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.loading import load_recipe
 from tasks.artifacts import Store
 from tasks.digests import DigestMemory
-from tasks.preview import pieces
-from tasks.steps import LocalFolder, Step, do, upstream
+from tasks.preview import SeenRow, pieces, rows_seen, steps_behind
+from tasks.preview_page import FIRST_LINE, StageRows, preview_page
+from tasks.steps import LocalFolder, do, upstream
 
 SHOWN = 5
+SHOWN_ON_PAGE = 100
+BASE = "base"
 
 
-def preview_recipe(name: str, overrides: list[str], rows: int | None, as_json: bool) -> None:
+def preview_recipe(name: str, overrides: list[str], rows: int | None, as_json: bool, page: Path | None) -> None:
     """Render and tokenize rows of each stage's training data, without running a pipeline.
 
     The base model is fetched when it is not there yet: its tokenizer and template are needed.
+
+    Raises:
+        InputError: the page's file cannot be written, or is another file that is there.
     """
+    if page:
+        _require_writable(page)
     console = people(as_json)
     home = Home.open()
     pipeline = build(load_recipe(name, overrides), home)
-    shown = []
-    for stage in pipeline.stages.values():
-        base = _base_folder(stage, home, lambda text: console.print(Text(text, style="dim")))
-        limit = rows or (None if as_json else SHOWN)
-        shown += [row | {"stage": stage.settings.name} for row in preview_rows(stage, base, limit)]
-    for row in shown:
-        console.print(Text(f"{row['file']}, {row['place']}", style="bold"))
-        if row["refused"]:
-            console.print(Text(f"refused: {row['refused']['reason']}: {row['refused']['detail']}\n", style="red"))
-            continue
-        text = Text()
-        for piece, trained in pieces(row["text"], row["spans"]):
-            # without colour the trained part is still seen by its brackets
-            text.append(
-                f"⟦{piece}⟧" if trained and not console.is_terminal else piece, style="bold green" if trained else "dim"
-            )
-        console.print(text)
-        trained_tokens = sum(label != -100 for label in row["labels"])
-        console.print(Text(f"{len(row['input_ids'])} tokens, {trained_tokens} trained\n", style="cyan"))
+    limit = rows or (None if as_json else SHOWN_ON_PAGE if page else SHOWN)
+    shown: list[StageRows] = []
+    for steps in pipeline.stages.values():
+        inputs = _input_folders(steps, home, lambda text: console.print(Text(text, style="dim")))
+        seen = rows_seen(steps.tokenized, inputs.pop(BASE), inputs, by_token=page is not None)
+        kept = list(islice(seen, limit))
+        shown.append(StageRows(steps.settings.name, kept, next(seen, None) is not None))
+    if page:
+        _write(page, preview_page(pipeline.recipe.name, shown))
+        count = sum(len(stage.rows) for stage in shown)
+        console.print(Text(f"{page}: {count} texts{', and there are more' if any(s.more for s in shown) else ''}"))
+    else:
+        for stage in shown:
+            for row in stage.rows:
+                _print_row(console, row)
     if as_json:
-        keys = ("stage", "file", "place", "row", "text", "input_ids", "labels", "refused")
-        print_json({"rows": [{key: row[key] for key in keys} for row in shown]})
+        answer: dict[str, Any] = {"rows": [_plain(stage.name, row) for stage in shown for row in stage.rows]}
+        print_json(answer | ({"html": str(page)} if page else {}))
 
 
-def _base_folder(stage: StageSteps, home: Home, say: Any) -> Path:
-    source = stage.rendered.inputs["base"].source
-    if isinstance(source, LocalFolder):
-        return source.path
-    store, memory, folder = Store(home), DigestMemory(home.digests), home.path
+def _require_writable(page: Path) -> None:
+    """A mistyped name must not cost a data set: only an earlier page is written over."""
+    where = f"--html {page}"
+    if not page.parent.is_dir():
+        raise InputError(Problem(where, f"there is no folder {page.parent}", "Make it, or name another file."))
+    if not os.path.lexists(page):
+        return
+    if not page.is_file():
+        raise InputError(Problem(where, "is there and is no file", "Name another file."))
+    with page.open("rb") as file:
+        if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
+            raise InputError(Problem(where, "is there and is no preview page", "Remove it, or name another file."))
+
+
+def _write(page: Path, text: str) -> None:
+    try:
+        page.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(Problem(f"--html {page}", f"cannot be written: {error.strerror}", "Name another.")) from error
+
+
+def _print_row(console: Console, row: SeenRow) -> None:
+    part = f", {row.part}" if row.part else ""
+    console.print(Text(f"{row.file}, {row.place}{part}", style="bold"))
+    if row.refused:
+        console.print(Text(f"refused: {row.refused.reason}: {row.refused.detail}\n", style="red"))
+        return
+    text = Text()
+    for piece, trained in pieces(row.text or "", row.spans):
+        # without colour the trained part is still seen by its brackets
+        text.append(
+            f"⟦{piece}⟧" if trained and not console.is_terminal else piece, style="bold green" if trained else "dim"
+        )
+    console.print(text)
+    lost = f"; the template drops: {', '.join(row.lost)}" if row.lost else ""
+    console.print(Text(f"{len(row.input_ids or ())} tokens, {row.trained_tokens} trained{lost}\n", style="cyan"))
+
+
+def _plain(stage: str, row: SeenRow) -> dict[str, Any]:
+    values = {"stage": stage} | asdict(replace(row, pieces=()))
+    del values["step"], values["pieces"]
+    return values
+
+
+def _input_folders(stage: StageSteps, home: Home, say: Any) -> dict[str, Path]:
+    """Folders of the base model, as `base`, and of downloaded data sets; what is not there is fetched."""
+    fetch, render = steps_behind(stage.tokenized)
+    sources = {BASE: render.inputs["base"].source, **{name: wanted.source for name, wanted in fetch.inputs.items()}}
+    store, memory = Store(home), DigestMemory(home.digests)
 
     def emit(event: dict[str, Any]) -> None:
         if event["kind"] == "note":
             say(event["text"])
 
-    for step in upstream([source]):
-        folder = do(step, store, memory, threading.Event(), emit).artifact.path
-    return folder
-
-
-def preview_rows(stage: StageSteps, base: Path, limit: int | None) -> list[dict[str, Any]]:
-    """Rows with text, spans, ids, labels, or the reason why they are refused.
-
-    Args:
-        stage: whose training rows.
-        base: the base model's folder.
-        limit: most rows, None for all.
-    """
-    from tasks.fetch import converted_rows
-    from tasks.reading import BadRow
-    from tasks.render import RowRenderer
-    from tasks.shards import RowEncoder
-
-    fetched = _fetch_of(stage)
-    renderer = RowRenderer.from_step(stage.rendered, base)
-    encoder = RowEncoder.from_step(stage.tokenized, base)
-    found: list[dict[str, Any]] = []
-    for file, raw, chat in converted_rows(fetched):
-        if limit is not None and len(found) == limit:
-            break
-        row: dict[str, Any] = {"file": file, "place": raw.place, "row": raw.row, "text": None, "spans": []}
-        rendered = chat if isinstance(chat, BadRow) else renderer.render(chat)
-        encoded = rendered if isinstance(rendered, BadRow) else encoder.encode(rendered["text"], rendered["spans"])
-        if not isinstance(rendered, BadRow):
-            row |= {"text": rendered["text"], "spans": rendered["spans"]}
-        if isinstance(encoded, BadRow):
-            row |= {"input_ids": None, "labels": None, "refused": {"reason": encoded.reason, "detail": encoded.detail}}
-        else:
-            row |= {"input_ids": encoded[0], "labels": encoded[1], "refused": None}
-        found.append(row)
-    return found
-
-
-def _fetch_of(stage: StageSteps) -> Step:
-    source = stage.rendered.inputs["rows"].source
-    assert isinstance(source, Step)
-    return source
+    folders = {}
+    for name, source in sources.items():
+        if isinstance(source, LocalFolder):
+            folders[name] = source.path
+            continue
+        for step in upstream([source]):
+            folders[name] = do(step, store, memory, threading.Event(), emit).artifact.path
+    return folders

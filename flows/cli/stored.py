@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -11,6 +12,7 @@ from flows.run_records import RUNNING, records
 from registry.errors import InputError, Problem
 from registry.home import Home
 from tasks.artifacts import Artifact, Store, damage, remove_folder
+from tasks.chunks import forget, remove_unused
 from tasks.explain import differences
 from tasks.locks import try_lock
 
@@ -114,6 +116,8 @@ def verify_artifacts(key: str | None, as_json: bool) -> int:
     results = []
     for artifact in wanted:
         reason = damage(artifact, deep=True)
+        if reason:
+            forget(store.home, artifact.path)  # so that it is not made again of the same bytes
         results.append({"key": artifact.key, "path": str(artifact.path), "damage": reason})
         text = Text(f"{artifact.step}/{artifact.path.name}: {reason or 'whole'}", style="red" if reason else "")
         console.print(text, soft_wrap=True)
@@ -125,7 +129,7 @@ def verify_artifacts(key: str | None, as_json: bool) -> int:
 
 
 def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
-    """Remove what no kept run refers to: artifacts, unfinished work, damaged folders.
+    """Remove what no kept run refers to: artifacts, unfinished work, damaged folders, chunks of data steps.
 
     What a running step holds the lock of is left alone, and nothing is removed while a run is going on that may
     be about to use it.
@@ -146,6 +150,7 @@ def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
             seen[record.values["recipe"]] = number + 1
             kept |= {step["key"] for step in record.values["steps"] if step["key"]}
     freed, removed = 0, []
+    going: list[Path] = []
     for artifact in list(store.all()):
         if artifact.key in kept:
             continue
@@ -153,18 +158,27 @@ def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
             if not held:
                 continue
             removed.append(f"artifacts/{artifact.step}/{artifact.path.name}")
-            freed += artifact.size
+            freed += _own_bytes(artifact.path)
+            going.append(artifact.path)
             if not dry_run:
                 remove_folder(artifact.path)
     for folder in (home.work, home.damaged):
         for path in sorted(folder.glob("*")):
             removed.append(f"{folder.name}/{path.name}")
-            freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            freed += _own_bytes(path)
+            going.append(path)
             if not dry_run:
                 remove_folder(path)
+    chunks, size = remove_unused(home, going if dry_run else (), dry_run)
     console = people(as_json)
     for name in removed:
         console.print(Text(f"{'would remove' if dry_run else 'removed'} {name}"), soft_wrap=True)
-    console.print(Text(f"{len(removed)} folders, {freed / 1e6:,.1f} MB"))
+    console.print(Text(f"{len(removed)} folders, {chunks} chunks, {(freed + size) / 1e6:,.1f} MB"))
     if as_json:
-        print_json({"removed": removed, "bytes": freed, "dry_run": dry_run})
+        print_json({"removed": removed, "chunks": chunks, "bytes": freed + size, "dry_run": dry_run})
+
+
+def _own_bytes(folder: Path) -> int:
+    """Bytes of the files that are in no other folder: chunks that several share go with the last."""
+    found = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum(file.st_size for file in found if file.st_nlink == 1)

@@ -9,7 +9,6 @@ Legend: b batch, s sequence.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +20,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tasks.program import ProgramError
+from tasks.sequences import IGNORED, TokenizedSequences
 
-IGNORED = -100  # label of a position that is not trained, as in torch's cross entropy
 FILLER = -1  # index of the row that keeps a process busy when a step has fewer rows than micro-batches
 NO_ROWS = "there are no rows to train on; the report of the tokenize step says what was left out and why"
-COLUMNS = ("input_ids", "labels", "seq_lengths")
 
 
 @dataclass(frozen=True)
@@ -104,30 +102,20 @@ class MicroBatchSampler:
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """The rows of a shard folder, checked as they are read.
+    """The sequences of a tokenize artifact, checked as they are read.
 
     Args:
-        folder: what `datasets.load_from_disk` opens: `input_ids list<int32>`, `labels list<int32>` and
-            `seq_lengths list<int32>`, the lengths of the rows packed into the sequence.
+        folder: the artifact, see `tasks.sequences`.
         vocabulary: number of token ids of the model.
 
     Raises:
-        ProgramError: `bad_setting` when there are no rows, a column is missing, or a row does not fit the model.
+        ProgramError: `bad_setting` when there are no rows, or a row does not fit the model.
     """
 
     def __init__(self, folder: str, vocabulary: int) -> None:
-        from datasets import load_from_disk
-
-        # An empty data set is saved without any file, and `datasets` fails to load what it saved.
-        if not json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        self.data = TokenizedSequences(Path(folder))
+        if len(self.data) == 0:
             raise ProgramError("bad_setting", NO_ROWS)
-        data = load_from_disk(folder)
-        missing = [column for column in COLUMNS if column not in data.column_names]
-        if missing:
-            raise ProgramError("bad_setting", f"shards lack the columns {missing}; they have {data.column_names}")
-        if len(data) == 0:
-            raise ProgramError("bad_setting", NO_ROWS)
-        self.data = data.select_columns(list(COLUMNS)).with_format("numpy")
         self.vocabulary = vocabulary
 
     def __len__(self) -> int:
@@ -136,14 +124,8 @@ class Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == FILLER:
             return {"row": FILLER, "input_ids": [0], "labels": [IGNORED], "seq_lengths": [1]}
-        row = {name: numpy.asarray(value, dtype=numpy.int64) for name, value in self.data[index].items()}
-        length = len(row["input_ids"])
-        if length == 0 or len(row["labels"]) != length or int(row["seq_lengths"].sum()) != length:
-            raise ProgramError(
-                "bad_setting",
-                f"row {index} has {length} tokens, {len(row['labels'])} labels and packed lengths "
-                f"{row['seq_lengths'].tolist()}: the three must agree. Delete the tokenize artifact and run again.",
-            )
+        found = self.data[index]
+        row = {name: numpy.asarray(value, dtype=numpy.int64) for name, value in found._asdict().items()}
         highest = int(max(row["input_ids"].max(), row["labels"].max()))
         if highest >= self.vocabulary:
             raise ProgramError(

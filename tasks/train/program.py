@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tasks.train.batches import BatchPlan
 
-STAGES = ("sft",)
+STAGES = ("pt", "sft")
 METHODS = ("lora", "full")
 LINES = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"

@@ -70,11 +70,11 @@ def test_ls_lists_all_newest_first_and_says_what_is_damaged(
     assert [line["created"] for line in listed] == sorted((line["created"] for line in listed), reverse=True)
     assert {line["state"] for line in listed} == {"whole"}
     assert {line["step"]: line["size"] > 0 for line in listed} == {"fetch": True, "render": True, "tokenize": True}
-    next(two[0][0].artifact.path.rglob("*.parquet")).unlink()
+    next(two[0][0].artifact.path.rglob("*.arrow")).unlink()
     states = [line["state"] for line in ask(capsys, "artifacts", "ls")["artifacts"]]
-    assert sorted(states)[0] == "rows/00000.parquet is missing"
+    assert sorted(states)[0] == "rows/00000.arrow is missing"
     run_app(["artifacts", "ls"])
-    assert "damaged: rows/00000.parquet is missing" in capsys.readouterr().out
+    assert "damaged: rows/00000.arrow is missing" in capsys.readouterr().out
 
 
 def test_show_gives_the_manifest_by_key_or_by_name(two: tuple[list[Outcome], list[Outcome]], capsys: Capture) -> None:

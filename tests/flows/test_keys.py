@@ -39,7 +39,15 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "overlong": ("truncate", {"tokenize"}),
         "packing": (True, {"tokenize", "train"}),
         "mask_history": (True, {"render"}),
+        "train_on_prompt": (True, {"render"}),
+        "control_tokens": ("keep", {"render"}),
+        "default_system": ("Be brief.", {"render"}),
+        "enable_thinking": (False, {"render"}),
+        "cut_answers": (True, {"tokenize"}),
+        "mix_strategy": ("interleave_over", {"tokenize"}),
+        "interleave_probs": ([0.9, 0.1], {"tokenize"}),
         "bad_rows": ("skip", LEFT_OUT),
+        "bad_rows_limit": (0.25, LEFT_OUT),
     },
     TrainSettings: {
         "stage": ("sft", NOTHING),  # the only one yet
@@ -72,9 +80,17 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "logging_steps": (7, NOTHING),
         "save_steps": (7, NOTHING),
         "save_total_limit": (7, NOTHING),
+        "preprocessing_num_workers": (7, NOTHING),
         "per_device_eval_batch_size": (7, NOTHING),
     },
 }
+TWO_SETS = ["FOLDER/train.jsonl", "FOLDER/more.jsonl"]
+BESIDE: dict[str, dict[str, Any]] = {
+    "cut_answers": {"overlong": "truncate"},
+    "mix_strategy": {"dataset": TWO_SETS},
+    "interleave_probs": {"dataset": TWO_SETS, "mix_strategy": "interleave_under"},
+}
+"""What a field needs beside it to mean something; the same before and after the change."""
 CASES = [(record, name, *case) for record, table in FIELDS.items() for name, case in table.items()]
 
 Identities = dict[str, Any]
@@ -134,16 +150,17 @@ def test_the_table_has_every_field() -> None:
     assert {record: set(table) for record, table in FIELDS.items()} == {
         record: set(record.model_fields) for record in FIELDS
     }
-    assert len(CASES) == 40
+    assert len(CASES) == 49
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
 def test_a_field_changes_these_keys_and_no_others(
     folder: Path, record: type, name: str, value: Any, kinds: set[str]
 ) -> None:
-    setting = {name: placed(value, folder)}
+    beside = {key: placed(given, folder) for key, given in BESIDE.get(name, {}).items()}
+    setting = beside | {name: placed(value, folder)}
     after = identities(folder, evaluation=setting) if record is EvaluationSettings else identities(folder, setting)
-    assert changed(identities(folder), after) == kinds
+    assert changed(identities(folder, beside), after) == kinds
 
 
 def test_a_hub_model_counts_by_name_and_revision(folder: Path) -> None:

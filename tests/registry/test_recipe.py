@@ -112,7 +112,7 @@ def test_files_are_found_beside_the_recipe(tmp_path: Path, data: Path, monkeypat
     monkeypatch.chdir("/")
     (tmp_path / "r.yaml").write_text("model_name_or_path: smollm2-135m-instruct\nstage: sft\ndataset: rows.jsonl\n")
     found = load_recipe(str(tmp_path / "r.yaml"))
-    assert found.stages[0].sources[0].file == data
+    assert found.stages[0].sources[0].files == (data,)
     assert load_recipe(found.raw).stages == found.stages
 
 
@@ -121,7 +121,7 @@ def test_a_users_dataset_info_is_read_as_it_is(tmp_path: Path, data: Path) -> No
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     raw = recipe(data) | {"dataset_dir": str(tmp_path)}
     raw["stages"]["sft"]["dataset"] = "mine"
-    assert load_recipe(raw).stages[0].sources[0].file == data
+    assert load_recipe(raw).stages[0].sources[0].files == (data,)
     raw["stages"]["sft"]["dataset"] = "mien"
     assert "Did you mean mine?" in problems(raw)
 
@@ -142,7 +142,7 @@ def test_every_field_says_what_it_is() -> None:
     documented = {name: record.model_fields[name].description for name, record in FIELDS.items()}
     documented |= {name: field.description for name, field in EvaluationSettings.model_fields.items()}
     assert [name for name, text in documented.items() if not text] == []
-    assert len(documented) == 40
+    assert len(documented) == 49
 
 
 def test_derived_values_are_filled_in_and_settings_without_effect_left_out() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,10 +17,10 @@ from registry.models import MODELS, Wheel
 from tasks.base import HUB_FILES, HubUnreachable, Located, check_folder, explain, fetch_base, locate, locate_folder
 from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted
+from tests.small_hub import COMMIT, hub_of, serving
 from tests.tiny import tiny_model
 
 NAME = "smollm2-135m-instruct"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
@@ -41,60 +38,6 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
 
-class SmallHub(BaseHTTPRequestHandler):
-    """The two questions of the hub's protocol that a download asks: what is in a repository, and a file of it."""
-
-    folder: Path
-    asked: list[str]
-
-    def log_message(self, *arguments: Any) -> None:
-        return
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.asked.append(f"{self.command} {path}")
-        parts = path.strip("/").split("/")
-        if parts[:3] == ["api", "models", "acme"]:
-            self._describe(parts[3], parts[5] if len(parts) > 5 else "main")
-        elif parts[:2] == ["acme", "tiny"] and parts[2:4] == ["resolve", COMMIT]:
-            self._file(self.folder / "/".join(parts[4:]))
-        else:
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    def _describe(self, name: str, revision: str) -> None:
-        if name == "gated":
-            self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif name == "busy":
-            self._answer(503, b"{}", {})
-        elif name != "tiny":
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in ("main", COMMIT):
-            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        else:
-            files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-            siblings = [
-                {"rfilename": path.relative_to(self.folder).as_posix(), "size": path.stat().st_size} for path in files
-            ]
-            described = {"id": "acme/tiny", "modelId": "acme/tiny", "sha": COMMIT, "siblings": siblings}
-            self._answer(200, json.dumps(described).encode(), {"Content-Type": "application/json"})
-
-    def _file(self, path: Path) -> None:
-        data = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        self._answer(200, data, headers)
-
-    def _answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-
 @pytest.fixture
 def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A hub on the loopback with one good repository, `acme/tiny`; the list of what it is asked."""
@@ -110,16 +53,11 @@ def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     ):
         (folder / name).write_bytes(b"not wanted")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    handler = type("Handler", (SmallHub,), {"folder": folder, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    yield handler.asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    handler = hub_of(models_tiny=folder)
+    with serving(handler) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        yield handler.asked
 
 
 def test_a_folder_is_taken_as_it_is(tiny: Path, here: Home) -> None:

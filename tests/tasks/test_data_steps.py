@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from flows.graph import build
@@ -20,8 +19,10 @@ from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
 from tasks.artifacts import Artifact, Store
+from tasks.canonical import read_table, to_rows
 from tasks.digests import DigestMemory
 from tasks.locks import Interrupted
+from tasks.sequences import TokenizedSequences
 from tasks.steps import Step, do
 from tests.tiny import CHAT_TEMPLATE, read_lines, tiny_model
 
@@ -43,9 +44,10 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def steps_of(model: Path, data: Path | list[Path], **stage: Any) -> dict[str, Step]:
+def steps_of(model: Path, data: Path | list[Any], **stage: Any) -> dict[str, Step]:
     """The data steps by name."""
-    files = [str(path) for path in (data if isinstance(data, list) else [data])]
+    given = data if isinstance(data, list) else [data]
+    files = [str(path) if isinstance(path, Path) else path for path in given]
     own = {"stage": "sft", "dataset": files, "finetuning_type": "lora", **stage}
     recipe = load_recipe({"name": "data", "model_name_or_path": str(model), "stages": {"sft": own}})
     return {step.name: step for step in build(recipe, Home.open()).data_only().steps}
@@ -59,15 +61,26 @@ def make(steps: dict[str, Step], emit: Callable[[dict[str, Any]], None] = lambda
 
 
 def rows_of(artifact: Artifact, part: str = "rows") -> Rows:
-    """What a fetch or render step wrote."""
-    return [row for path in sorted((artifact.path / part).glob("*")) for row in pq.read_table(path).to_pylist()]
+    """What a fetch step wrote, with the number of the data set as `source`."""
+    entries = json.loads((artifact.path / f"{part}.json").read_text())
+    return [
+        row | {"source": entry["source"]}
+        for entry in entries
+        for row in to_rows(read_table(artifact.path / entry["path"]), "chat")
+    ]
 
 
 def sequences(artifact: Artifact) -> Rows:
-    """What a tokenize step wrote, as `datasets` reads it."""
+    """The sequences a tokenize step wrote, with the numbers of their rows as `datasets` reads them."""
     from datasets import load_from_disk
 
-    return list(load_from_disk(str(artifact.path)))
+    saved, found = load_from_disk(str(artifact.path)), TokenizedSequences(artifact.path)
+    numbers = list(saved["row"])
+    return [
+        {name: values.tolist() for name, values in found[index]._asdict().items()}
+        | {"rows": [numbers[row] for row in found.rows_of(index)]}
+        for index in range(len(found))
+    ]
 
 
 def answers(row: dict[str, Any]) -> list[str]:
@@ -91,7 +104,7 @@ def test_rows_in_are_rows_out_and_rows_reported_at_every_step(model: Path, tmp_p
         question("e", "f" * 200),
         question("g", "h"),
     )
-    made = make(steps_of(model, data, bad_rows="skip", cutoff_len=100))
+    made = make(steps_of(model, data, bad_rows="skip", cutoff_len=100, control_tokens="refuse"))
     counts = {name: artifact.manifest["counts"] for name, artifact in made.items()}
     assert counts["fetch"] == {"rows_read": 6, "rows": 4, "left_out": {"empty_output": 1, "malformed_json": 1}}
     assert counts["render"] == {"rows": 3, "left_out": {"control_text": 1}, "lost": {}}
@@ -160,7 +173,6 @@ def test_ids_and_labels_of_a_row_are_exactly_these(model: Path, tmp_path: Path) 
             "input_ids": [START, *b"user\nhi", END, 10, START, *b"assistant\n", 0xC3, 0xA9, 33, END, 10],
             "labels": [-100] * 21 + [0xC3, 0xA9, 33, END, -100],
             "seq_lengths": [26],
-            "sources": [0],
             "rows": [0],
         }
     ]
@@ -184,13 +196,19 @@ def test_labels_are_the_answers_and_their_terminator_also_when_pad_is_eos(
 
 @pytest.mark.parametrize(
     ("overlong", "lengths", "truncated", "left_out"),
-    [("drop", [30], 0, {"too_long": 1}), ("truncate", [30, 40], 1, {}), ("error", None, 0, {})],
+    [
+        ("drop", [30], 0, {"too_long": 1}),
+        ("truncate", [30], 0, {"no_trained_tokens": 1}),
+        ("truncate, cut_answers", [30, 40], 1, {}),
+        ("error", None, 0, {}),
+    ],
 )
 def test_overlong_rows_are_dropped_cut_or_refused(
     model: Path, tmp_path: Path, overlong: str, lengths: list[int] | None, truncated: int, left_out: dict[str, int]
 ) -> None:
     data = write(tmp_path / "rows.jsonl", question("a", "b" * 8), question("a", "c" * 30))
-    steps = steps_of(model, data, overlong=overlong, cutoff_len=40)
+    policy, _, cut_answers = overlong.partition(", ")
+    steps = steps_of(model, data, overlong=policy, cutoff_len=40, cut_answers=bool(cut_answers))
     if lengths is None:
         with pytest.raises(InputError, match=r"line 2: 52 tokens, cutoff_len is 40 \[too_long\]"):
             make(steps)
@@ -201,8 +219,19 @@ def test_overlong_rows_are_dropped_cut_or_refused(
     counts = made.manifest["counts"]
     assert (counts["truncated"], counts["left_out"], counts["rows_read"]) == (truncated, left_out, 2)
     assert (counts["longest"], counts["tokens"]) == (lengths[-1], sum(lengths))
-    if overlong == "truncate":
+    if cut_answers:
         assert answers(sequences(made)[1]) == ["c" * 20]  # cut at the end: no terminator is left
+
+
+def test_a_row_is_cut_behind_the_last_answer_that_fits_so_that_no_answer_loses_its_terminator(
+    model: Path, tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": role, "content": content} for role, content in [*CHAT, ("user", "q3")]]}
+    row["messages"].append({"role": "assistant", "content": "x" * 50})
+    made = make(steps_of(model, write(tmp_path / "rows.jsonl", row), overlong="truncate", cutoff_len=100))
+    (found,) = sequences(made["tokenize"])
+    assert answers(found) == ["a1∎", "a2∎"]
+    assert found["input_ids"][-1] == END
 
 
 def test_a_row_cut_before_its_answer_is_left_out(model: Path, tmp_path: Path) -> None:
@@ -286,3 +315,76 @@ def test_an_interrupted_step_goes_on_and_gives_the_same_bytes(
     assert not any(0 < step < 2000 for step in seen)  # the first chunk is not made twice
     monkeypatch.setenv("LLAMATUNER_HOME", str(tmp_path / "other_home"))
     assert make(steps)[kind].digest == again.artifact.digest
+
+
+def test_a_mixture_repeats_rows_without_writing_them_twice(model: Path, tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", *[question(f"q{n}", "a") for n in range(3)])
+    two = write(tmp_path / "two.jsonl", question("r", "b"))
+    wanted = [{"file_name": str(one), "max_rows": 2}, {"file_name": str(two), "repeat": 3}]
+    made = make(steps_of(model, wanted))["tokenize"]
+    assert [answers(row)[0] for row in sequences(made)] == ["a∎", "a∎", "b∎", "b∎", "b∎"]
+    counts = made.manifest["counts"]
+    assert (counts["rows"], counts["sequences"]) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [("[2:5]", [2, 3, 4]), ("[:20%]", [0, 1]), ("[-3:]", [7, 8, 9]), ("[9:]", [9]), ("[8:50]", [8, 9])],
+)
+def test_a_range_of_rows_goes_over_all_files_of_a_data_set(
+    model: Path, tmp_path: Path, wanted: str, rows: list[int]
+) -> None:
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts" / "1.jsonl", *[question(f"q{n}", "a") for n in range(4)])
+    write(tmp_path / "parts" / "2.jsonl", *[question(f"q{n}", "a") for n in range(4, 10)])
+    source = {"file_name": str(tmp_path / "parts"), "split": f"train{wanted}"}
+    made = make(steps_of(model, [source]))
+    assert [row["messages"][0]["content"] for row in rows_of(made["fetch"])] == [f"q{n}" for n in rows]
+
+
+def test_quarantined_rows_are_kept_as_they_were(model: Path, tmp_path: Path) -> None:
+    torn = '{"instruction": "torn'
+    bad = question("say <|im_start|>", "d")
+    data = write(tmp_path / "rows.jsonl", question("a", "b"), torn, bad, question("e", "f"), question("g", "h"))
+    made = make(steps_of(model, data, bad_rows="quarantine", control_tokens="refuse"))
+    assert (made["fetch"].path / "report" / "quarantine.jsonl").read_text() == torn + "\n"
+    (kept,) = read_lines(made["render"].path / "report" / "quarantine.jsonl")
+    assert kept["messages"][0] == {"role": "user", "content": "say <|im_start|>"}
+
+
+def test_too_many_bad_rows_end_the_run(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", question("a", "b"), question("c", ""), question("d", ""))
+    with pytest.raises(InputError, match=r"2 of 3 rows \(67%\) cannot be used, more than bad_rows_limit 0.5"):
+        make(steps_of(model, data, bad_rows="skip"))
+    assert make(steps_of(model, data, bad_rows="skip", bad_rows_limit=0.7))["tokenize"].manifest["counts"]["rows"] == 1
+
+
+def test_typed_control_tokens_stay_text_unless_they_are_to_be_kept(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", question("hi<|im_end|>", "ok <|im_start|>"))
+    (plain,) = sequences(make(steps_of(model, data))["tokenize"])
+    assert (plain["input_ids"].count(START), plain["input_ids"].count(END)) == (2, 2)
+    assert answers(plain) == ["ok <|im_start|>∎"]
+    (kept,) = sequences(make(steps_of(model, data, control_tokens="keep"))["tokenize"])
+    assert (kept["input_ids"].count(START), kept["input_ids"].count(END)) == (3, 3)
+
+
+def test_everything_but_the_bos_is_trained_when_the_prompt_is(model: Path, tmp_path: Path) -> None:
+    changed = changed_model(model, tmp_path, adds_bos=True)
+    data = write(tmp_path / "rows.jsonl", question("hi", "ok"))
+    (row,) = sequences(make(steps_of(changed, data, train_on_prompt=True, default_system="Be."))["tokenize"])
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    assert bytes(row["input_ids"][2:11]) == b"system\nBe"
+
+
+@pytest.mark.parametrize(("packing", "blocks"), [(True, [8, 8, 8, 4]), (False, [8, 3, 4, 8, 5])])
+def test_plain_text_keeps_every_token_with_an_end_behind_each_document(
+    model: Path, tmp_path: Path, packing: bool, blocks: list[int]
+) -> None:
+    texts = ["a" * 10, "b" * 3, "é" * 6]  # 10, 3 and 12 tokens
+    data = write(tmp_path / "rows.jsonl", *[{"text": text} for text in texts])
+    made = make(steps_of(model, data, stage="pt", cutoff_len=8, packing=packing))["tokenize"]
+    found = sequences(made)
+    assert [len(row["input_ids"]) for row in found] == blocks
+    tokens = [token for row in found for token in row["input_ids"]]
+    assert tokens == [token for text in texts for token in [*text.encode(), END]]
+    assert [label for row in found for label in row["labels"]] == tokens

@@ -1,133 +1,169 @@
-"""Raw rows become chat rows, or say why not; every row that goes in comes out or is reported."""
+"""Raw rows of every form become chat rows, literally these."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from registry.errors import InputError
-from tasks.formats import detect, to_chat
-from tasks.reading import BadRow, read_rows
+from tasks.formats import Form, converter
+from tasks.reading import BadRow
+from tests.tasks.raw_rows import SYSTEM, TOOLS, Row, answer, chat, gpt, rows, say
+
+CALL = '[{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "2"}}}]'
+
+CHATS: dict[str, tuple[Row, list[Row]]] = {
+    "alpaca": ({"instruction": "a", "input": "b", "output": "c"}, chat(say("a\nb", "c"))),
+    "alpaca whole": (
+        {"instruction": "a", "input": "", "output": "c", "system": "Be brief", "history": [["hi", "hello"]]},
+        chat([*SYSTEM, *say("hi", "hello", "a", "c")]),
+    ),
+    "alpaca with nulls": (
+        {"instruction": "a", "input": None, "output": "c", "system": None, "history": None},
+        chat(say("a", "c")),
+    ),
+    "input alone": ({"instruction": "", "input": "b", "output": "c"}, chat(say("b", "c"))),
+    "alpaca with tools": (
+        {"instruction": "a", "output": "c", "tools": '[{"name": "add"}]'},
+        chat(say("a", "c"), TOOLS),
+    ),
+    "dolly": ({"instruction": "a", "context": "b", "response": "c", "category": "x"}, chat(say("a\nb", "c"))),
+    "prompt and completion": ({"prompt": "a", "completion": "c"}, chat(say("a", "c"))),
+    "prompt and response": ({"prompt": "a", "response": "c"}, chat(say("a", "c"))),
+    "question and answer": ({"question": "a", "answer": "c"}, chat(say("a", "c"))),
+    "input and output": ({"input": "a", "output": "c"}, chat(say("a", "c"))),
+    "query and response": ({"query": "a", "response": "c"}, chat(say("a", "c"))),
+    "openorca": ({"system_prompt": "Be brief", "question": "a", "response": "c"}, chat([*SYSTEM, *say("a", "c")])),
+    "instances": (
+        {"instruction": "a", "instances": [{"input": "b", "output": "c"}, {"input": "", "output": "d"}]},
+        chat(say("a\nb", "c")) + chat(say("a", "d")),
+    ),
+    "sharegpt": ({"conversations": gpt("a", "b", "c", "d")}, chat(say("a", "b", "c", "d"))),
+    "sharegpt system column": (
+        {"conversations": gpt("a", "b"), "system": "Be brief", "tools": "[]"},
+        chat([*SYSTEM, *say("a", "b")]),
+    ),
+    "sharegpt system turn": (
+        {"conversations": [{"from": "system", "value": "Be brief"}, *gpt("a", "b")], "system": "Be long"},
+        chat([*SYSTEM, *say("a", "b")]),
+    ),
+    "openai": ({"messages": say("a", "b")}, chat(say("a", "b"))),
+    "openai under conversations": ({"conversations": say("a", "b")}, chat(say("a", "b"))),
+    "table with null fields": (
+        {"messages": [turn | {"name": None, "tool_calls": None} for turn in say("a", "b")]},
+        chat(say("a", "b")),
+    ),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "Be brief"}, *say("a", "b")]},
+        chat([*SYSTEM, *say("a", "b")]),
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}, *answer("c")]},
+        chat(say("ab", "c")),
+    ),
+    "prompt and completion as turns": ({"prompt": say("a"), "completion": answer("b")}, chat(say("a", "b"))),
+    "chosen of a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, chat(say("a", "b"))),
+    "chosen of whole conversations": ({"chosen": say("a", "b"), "rejected": say("a", "")}, chat(say("a", "b"))),
+    "good answer": ({"messages": say("a", "b"), "label": True}, chat(say("a", "b"))),
+}
 
 
-def reason(row: Any, formatting: str) -> str | None:
-    found = to_chat(row, formatting, {}, {})
-    return found.reason if isinstance(found, BadRow) else None
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_rows(name: str) -> None:
+    row, expected = CHATS[name]
+    assert rows(row, "chat") == expected
 
 
-def turns(row: Any, formatting: str) -> list[tuple[str, str]]:
-    found = to_chat(row, formatting, {}, {})
-    assert not isinstance(found, BadRow)
-    return [(message["role"], message["content"]) for message in found["messages"]]
-
-
-def test_alpaca_with_input_system_and_history() -> None:
-    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief", "history": [["hi", "hello"]]}
-    assert turns(row, "alpaca") == [
-        ("system", "Be brief"),
-        ("user", "hi"),
-        ("assistant", "hello"),
-        ("user", "Add\n1 2"),
-        ("assistant", "3"),
+def test_text_before_calls_several_calls_and_several_results_are_kept_in_order() -> None:
+    conversation = [
+        *gpt("sum?", "Let me add."),
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": "2"}}'},
+        {"from": "function_call", "value": '{"name": "now"}'},
+        {"from": "observation", "value": "3"},
+        {"from": "observation", "value": ""},
+        {"from": "gpt", "value": "3"},
     ]
-
-
-def test_sharegpt_with_a_function_call_and_its_observation() -> None:
-    call = json.dumps({"name": "add", "arguments": {"a": 1}})
-    row = {
-        "conversations": [
-            {"from": "human", "value": "sum?"},
-            {"from": "function_call", "value": call},
-            {"from": "observation", "value": "1"},
-            {"from": "gpt", "value": "1"},
+    assert rows({"conversations": conversation, "tools": [{"name": "add"}]}, "chat") == chat(
+        [
+            *say("sum?"),
+            {
+                "role": "assistant",
+                "content": "Let me add.",
+                "tool_calls": CALL[:-1] + ', {"type": "function", "function": {"name": "now", "arguments": {}}}]',
+            },
+            {"role": "tool", "content": "3"},
+            {"role": "tool", "content": ""},
+            *answer("3"),
         ],
-        "tools": json.dumps([{"name": "add"}]),
-    }
-    found = to_chat(row, "sharegpt", {}, {})
-    assert not isinstance(found, BadRow)
-    assert [m["role"] for m in found["messages"]] == ["user", "assistant", "tool", "assistant"]
-    assert json.loads(found["messages"][1]["tool_calls"]) == [
-        {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+        TOOLS,
+    )
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1, "b": "2"}', {"a": 1, "b": "2"}])
+@pytest.mark.parametrize("content", [None, "Let me add."])
+def test_openai_tool_calls(arguments: Any, content: str | None) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [
+        *say("sum?"),
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": None, "tool_call_id": "c1", "name": "add"},
+        {"role": "ipython", "content": "3"},
+        {"role": "assistant", "content": "3", "reasoning_content": "easy"},
     ]
-
-
-def test_openai_messages_with_null_content_and_arguments_as_a_string() -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "2"}'}}
-    row = {
-        "messages": [
-            {"role": "user", "content": "sum?"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "content": "", "tool_call_id": "c1"},
-            {"role": "assistant", "content": "3", "reasoning_content": "easy"},
+    assert rows({"messages": messages}, "chat") == chat(
+        [
+            *say("sum?"),
+            {"role": "assistant", "content": content, "tool_calls": CALL.replace("[{", '[{"id": "c1", ')},
+            {"role": "tool", "content": "", "name": "add", "tool_call_id": "c1"},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "3", "reasoning": "easy"},
         ]
-    }
-    found = to_chat(row, "openai", {}, {})
-    assert not isinstance(found, BadRow)
-    assert json.loads(found["messages"][1]["tool_calls"])[0]["function"]["arguments"] == {"a": 1, "b": "2"}
-    assert found["messages"][3]["reasoning"] == "easy"
+    )
+
+
+def test_each_row_keeps_its_own_arguments_without_keys_of_another() -> None:
+    convert = converter(Form("openai", False, {"messages": "messages"}), "chat")
+    for arguments in ({"a": 1, "b": "2"}, {"city": "Oslo"}, {"city": None}):
+        call = {"function": {"name": "add", "arguments": arguments}}
+        found = convert({"messages": [*say("?"), {"role": "assistant", "tool_calls": [call]}]})
+        assert not isinstance(found, BadRow)
+        assert json.loads(found[0]["messages"][1]["tool_calls"])[0]["function"]["arguments"] == arguments
 
 
 @pytest.mark.parametrize(
-    ("row", "formatting", "expected"),
+    "turn",
     [
-        ({"instruction": "a", "output": ""}, "alpaca", "empty_output"),
-        ({"instruction": None, "output": "b"}, "alpaca", "null_field"),
-        ({"instruction": "c"}, "alpaca", "missing_column"),
-        ({"instruction": "", "output": "b"}, "alpaca", "empty_prompt"),
-        ({"instruction": ["a"], "output": "b"}, "alpaca", "wrong_type"),
-        ({"conversations": [{"from": "gpt", "value": "a"}]}, "sharegpt", "bad_turn_order"),
-        ({"conversations": [{"from": "human", "value": "a"}] * 2}, "sharegpt", "bad_turn_order"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt", "no_answer"),
-        ({"conversations": [{"from": "narrator", "value": "a"}]}, "sharegpt", "unknown_role"),
-        ({"conversations": []}, "sharegpt", "wrong_type"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
-            "openai",
-            "empty_output",
-        ),
-        ({"messages": [{"role": "user"}]}, "openai", "null_field"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "openai", "no_answer"),
+        {"role": "assistant", "content": "b", "reasoning": "hm"},
+        {"role": "assistant", "content": "b", "thinking": "hm"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "b"}]},
     ],
 )
-def test_a_row_that_cannot_be_used_says_why(row: Any, formatting: str, expected: str) -> None:
-    assert reason(row, formatting) == expected
+def test_reasoning_is_kept_apart_from_the_answer(turn: Row) -> None:
+    thought = {"role": "assistant", "content": "b", "reasoning": "hm"}
+    assert rows({"messages": [*say("a"), turn]}, "chat") == chat([*say("a"), thought])
 
 
-def test_the_format_is_found_from_the_columns() -> None:
-    assert detect({"instruction": "a", "output": "b"}) == ("alpaca", {})
-    assert detect({"conversations": [{"from": "human"}]}) == ("sharegpt", {"messages": "conversations"})
-    assert detect({"conversations": [{"role": "user"}]}) == ("openai", {"messages": "conversations"})
-    assert detect({"question": "a"}) is None
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1, "b": "2"}'}},
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1, "b": "2"}}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1, "b": "2"}}'}],
+        },
+    ],
+)
+def test_other_ways_to_write_a_call(turn: Row) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": CALL}
+    assert rows({"messages": [*say("a"), turn]}, "chat") == chat([*say("a"), call])
 
 
-def test_lines_keep_their_numbers_when_one_is_torn_or_blank(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\n{"instruction": "brok\n\xff\xfe\n[1]\n')
-    rows = list(read_rows(path))
-    assert [(row.row, row.place) for row in rows] == [
-        (0, "line 1"),
-        (1, "line 3"),
-        (2, "line 4"),
-        (3, "line 5"),
-        (4, "line 6"),
-    ]
-    assert [row.value.reason if isinstance(row.value, BadRow) else row.value for row in rows] == [
-        {"a": 1},
-        {"a": 2},
-        "malformed_json",
-        "not_utf8",
-        "not_an_object",
-    ]
-
-
-def test_an_array_that_does_not_parse_is_one_error_of_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('[{"a": 1}, {"a"')
-    with pytest.raises(InputError, match=r"rows\.json:1: not valid JSON"):
-        list(read_rows(path))
-    path.write_bytes(b'[{"a": "\xff"}]')
-    with pytest.raises(InputError, match="not UTF-8 text at byte 8"):
-        list(read_rows(path))
+def test_a_thought_before_a_sharegpt_call_is_its_reasoning() -> None:
+    value = '<think>\nhm\n</think>\n{"name": "add", "arguments": {"a": 1, "b": "2"}}'
+    call = {"role": "assistant", "content": "", "reasoning": "hm", "tool_calls": CALL}
+    assert rows({"conversations": [*gpt("a"), {"from": "function_call", "value": value}]}, "chat") == chat(
+        [*say("a"), call]
+    )

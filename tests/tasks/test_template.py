@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import lzma
-import os
 import subprocess
 import sys
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from registry.errors import InputError
-from tasks.template import ChatTemplate, Refusal, Rendered
-
-ORACLE = Path(os.environ.get("LLAMATUNER_ORACLE") or Path(__file__).parents[3] / "shared" / "oracle")
+from tasks.template import ChatTemplate, Refusal, Rendered, trained_spans
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -197,13 +193,101 @@ def test_an_empty_answer_trains_its_terminator_and_a_row_without_answer_is_refus
     assert refused(make(CHATML), TALK[:1]).reason == "no_answer"
 
 
-def test_typed_control_text_is_refused_unless_allowed() -> None:
-    messages = [{"role": "user", "content": "stop<|im_end|>"}, {"role": "assistant", "content": "a<|im_end|>b"}]
-    assert refused(make(CHATML), messages) == Refusal(
+TYPED = [{"role": "user", "content": "stop<|im_end|>"}, {"role": "assistant", "content": "a<|im_end|>b"}]
+
+
+def test_typed_control_tokens_are_plain_text_kept_or_refused() -> None:
+    template = make(CHATML)
+    plain, kept = (template.render_training(TYPED, control_tokens=way) for way in ("plain", "keep"))  # type: ignore[arg-type]
+    assert isinstance(plain, Rendered)
+    assert kept == replace(plain, typed=())
+    assert [plain.text[start:end] for start, end in plain.spans] == ["a<|im_end|>b<|im_end|>"]
+    assert plain.typed == ((21, 31), (65, 75))
+    assert template.render_training(TYPED) == plain
+    assert refused(template, TYPED, control_tokens="refuse") == Refusal(
         "control_text", "message 1 has the text of the control token '<|im_end|>'"
     )
-    assert refused(make(CHATML), TALK, tools=[{"name": "<s>"}]).reason == "control_text"
-    assert trained(make(CHATML), messages, allow_control_text=True) == ["a<|im_end|>b<|im_end|>"]
+    assert refused(template, TALK, tools=[{"name": "<s>"}], control_tokens="refuse").reason == "control_text"
+
+
+def test_typed_tokens_are_found_in_tools_calls_and_keys_beside_characters_of_private_use() -> None:
+    json_too = "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{{ tools | tojson if tools and loop.last }}"
+    template = chatml("{{ m.content }}<|im_end|>", json_too.replace("}}{{ tools", "}}<|im_end|>{{ tools"))
+    call = {"function": {"name": "f", "arguments": {"</s>": "\ue100<s>\ue101"}}}
+    row = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    plain = template.render_training(row, tools=[{"function": {"name": "f", "description": "<|im_start|>"}}])
+    assert isinstance(plain, Rendered)
+    assert [plain.text[start:end] for start, end in plain.typed] == ["</s>", "<s>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize(
+    ("new", "messages"),
+    [
+        ("{{ m.content if '<|im_end|>' not in m.content }}", TYPED),
+        ("{{ m.content | replace('<|im_end|>', '') }}", TYPED),
+        ("{{ m.content[:7] }}{{ raise_exception('no') if m.content[4:6] == '<|' and m.content[-1] != '>' }}", TYPED),
+        (
+            "{{ m.content[0] + m.content[1] if m.role == 'user' else m.content }}",
+            [{"role": "user", "content": ["a<", "s>"]}, TALK[1]],
+        ),
+    ],
+    ids=["asks for it", "cuts it out", "cuts it in two", "joins it of two parts"],
+)
+def test_a_row_whose_typed_tokens_cannot_be_told_from_real_ones_is_refused(new: str, messages: Any) -> None:
+    assert refused(chatml("{{ m.content }}", new), messages).reason in ("control_text", "mask_not_proved")
+
+
+def test_a_control_token_made_of_a_question_and_its_answer_is_refused() -> None:
+    template = make("{% for m in messages %}{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}")
+    row = [{"role": "user", "content": "a<"}, {"role": "assistant", "content": "s>b"}]
+    assert refused(template, row).detail == "an answer and the text beside it make the control token '<s>'"
+    assert trained(template, row, control_tokens="keep") == ["s>b</s>"]
+
+
+def test_the_reasoning_tags_of_an_answer_are_its_own_also_where_they_are_control_tokens() -> None:
+    template = make(THINKING, control_tokens=CONTROL | {"<think>", "</think>"})
+    row = [TALK[0], {"role": "assistant", "content": "<think>\na\n</think>\n\nok"}]
+    plain = template.render_training(row)
+    assert plain == template.render_training(row, control_tokens="keep")
+    asked = template.render_training([{"role": "user", "content": "what is <think>?"}, row[1]])
+    assert isinstance(asked, Rendered)
+    assert [asked.text[start:end] for start, end in asked.typed] == ["<think>"]
+
+
+def test_a_default_system_message_is_for_rows_without_one_and_numbers_in_refusals_stay() -> None:
+    template = make(CHATML, default_system="Be kind.")
+    assert template.render(TALK[:1]) == "<|im_start|>system\nBe kind.<|im_end|>\n" + make(CHATML).render(TALK[:1])
+    own = [{"role": "system", "content": "Be brief."}, *TALK]
+    assert template.render_training(own) == make(CHATML).render_training(own)
+    assert trained(template, TALK) == ["ok<|im_end|>", "no<|im_end|>"]
+    assert refused(template, CALLING).detail.startswith("message 2 (assistant) loses its tool call")
+    assert refused(template, TYPED, control_tokens="refuse").detail.startswith("message 1 has")
+    drops = chatml("<|im_start|>{{", "{% if m.role == 'system' %}{% continue %}{% endif %}<|im_start|>{{")
+    assert replace(drops, default_system="x").render_training(TALK).lost == ("system",)  # type: ignore[union-attr]
+
+
+def test_variables_reach_the_template_its_probes_and_its_identity() -> None:
+    text = CHATML.replace("assistant\n{% endif", "assistant\n{{ '<think></think>' if not enable_thinking }}{% endif")
+    off, on = make(text), make(text, variables=(("enable_thinking", True),))
+    assert off.render(TALK[:1], add_generation_prompt=True).endswith("<think></think>")
+    assert on.render(TALK[:1], add_generation_prompt=True).endswith("assistant\n")
+    assert on.render(TALK[:1], add_generation_prompt=True, enable_thinking=False).endswith("<think></think>")
+    assert off.with_variables({"enable_thinking": True}) == on
+    assert off.with_variables({"enable_thinking": True}) is off.with_variables({"enable_thinking": True})
+    marked = make(text.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"))
+    assert trained(marked, TALK[:2]) == ["ok<|im_end|>"]
+    assert trained(marked, TALK[:2], variables={"enable_thinking": True}) == ["<think></think>ok<|im_end|>"]
+
+
+def test_trained_are_all_answers_the_last_one_or_everything_but_the_bos() -> None:
+    row = make("{{ bos_token }}" + CHATML).render_training(TALK)
+    assert isinstance(row, Rendered)
+    assert [row.text[start:end] for start, end in trained_spans(row, mask_history=True)] == ["no<|im_end|>"]
+    ((start, end),) = trained_spans(row, train_on_prompt=True, bos_token="<s>")
+    assert (row.text[:start], row.text[end:]) == ("<s>", "")
+    assert trained_spans(row, train_on_prompt=True) == ((0, len(row.text)),)
+    with pytest.raises(ValueError, match="choose one"):
+        trained_spans(row, train_on_prompt=True, mask_history=True)
 
 
 def test_answers_equal_to_each_other_to_headers_and_to_user_text_keep_their_own_places() -> None:
@@ -259,7 +343,8 @@ def test_the_date_is_fixed_and_part_of_the_identity() -> None:
 def test_identity_is_json_and_every_part_changes_it() -> None:
     plain = make(CHATML)
     others = [make(CHATML + " "), make(CHATML, special_tokens=()), make(CHATML, control_tokens=frozenset())]
-    assert len({json.dumps(template.identity(), sort_keys=True) for template in (plain, *others)}) == 4
+    others += [make(CHATML, variables=(("enable_thinking", False),)), make(CHATML, default_system="")]
+    assert len({json.dumps(template.identity(), sort_keys=True) for template in (plain, *others)}) == 6
 
 
 def test_absent_fields_reasoning_and_json_are_as_in_transformers() -> None:
@@ -308,92 +393,3 @@ def test_a_folder_without_template_or_with_a_broken_one_is_an_input_error(tmp_pa
 def test_the_import_is_light() -> None:
     code = "import sys, tasks.template; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
-
-
-# Rows that we refuse and the golden files do not. A lost tool call would train an empty answer.
-NO_CALLS = {"c33": "content_lost", "c35": "content_lost"}
-LAST_CALL = {"c35": "content_lost"}
-ALL_CALLS = NO_CALLS | {"c49": "content_lost"}
-NO_END = {"c39": "empty_answer"}
-GROUPS: list[tuple[dict[str, str], str]] = [
-    ({}, "deepseek-r1 llama3.1 llama3.2 mistral-v0.3 qwen2.5 qwen3-v2"),
-    (NO_CALLS, "deepseek-coder deepseek-llm deepseek-v2 deepseek-v2.5 internlm2 phi-3-mini smollm2 yi"),
-    (LAST_CALL, "gemma gemma3 llama2-chat mistral-v0.1"),
-    (ALL_CALLS, "llama3"),
-    (ALL_CALLS | NO_END, "chatglm3 glm-4"),
-    (NO_CALLS | NO_END, "baichuan2"),
-    (NO_END, "glm-4.5"),
-    (NO_CALLS | NO_END | {"c44": "mask_not_proved"}, "falcon"),
-]
-REFUSED = {name: rows for rows, names in GROUPS for name in names.split()}
-# golden name=tokenizer, where they differ
-OTHER_NAMES = "deepseek-v2.5=deepseek-v2 llama2-chat=llama2 llama3.2=llama3.1 mistral-v0.1=mistral-v1"
-OTHER_NAMES += " mistral-v0.3=mistral-v3 phi-3-mini=phi-3 qwen3-v2=qwen3"
-TOKENIZERS = dict(pair.split("=") for pair in OTHER_NAMES.split())
-TEMPLATES = {"deepseek-v2": "deepseek-llm"}  # where another tokenizer's folder has it
-# A conversation that begins with an answer: the golden span of that answer starts at its content, for want of a
-# prefix; ours where the header ends, as in every other turn of these families.
-FIRST_ANSWER_STARTS_EARLIER = {"chatglm3", "deepseek-llm", "deepseek-v2", "glm-4", "glm-4.5"}
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if not (ORACLE / "golden").is_dir():
-        pytest.skip(f"the oracle folder {ORACLE} is absent; LLAMATUNER_ORACLE may point to it")
-    root = tmp_path_factory.mktemp("tokenizers")
-
-    @cache
-    def unpack(name: str) -> Path:
-        folder = root / name
-        folder.mkdir()
-        for source in (ORACLE / "tokenizers" / name).iterdir():
-            data = source.read_bytes()
-            (folder / source.name.removesuffix(".xz")).write_bytes(
-                lzma.decompress(data) if source.suffix == ".xz" else data
-            )
-        return folder
-
-    return unpack
-
-
-def token_spans(result: Rendered, offsets: list[tuple[int, int]]) -> list[list[int]]:
-    """A token that begins before a span is outside, one that begins inside and ends beyond is in it."""
-    spans = []
-    for start, end in result.spans:
-        inside = [number for number, (begin, _) in enumerate(offsets) if start <= begin < end]
-        spans.append([inside[0], inside[-1] + 1])
-    return spans
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_texts_and_masks_equal_the_golden_ones(name: str, tokenizer_folder: Any) -> None:
-    from tokenizers import Tokenizer
-
-    folder = tokenizer_folder(TOKENIZERS.get(name, name))
-    text = ChatTemplate.from_folder(tokenizer_folder(TEMPLATES[name])).text if name in TEMPLATES else None
-    template = ChatTemplate.from_folder(folder, text)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    conversations = {row["id"]: row for row in json.loads((ORACLE / "conversations.json").read_text("utf-8"))}
-    refusals = {}
-    for line in (ORACLE / "golden" / f"{name}.jsonl").read_text("utf-8").rstrip("\n").split("\n"):
-        row = json.loads(line)
-        conversation = conversations[row["conv"]]
-        messages, tools = conversation["messages"], conversation.get("tools")
-        result = template.render_training(messages, tools, allow_control_text=True)
-        if not row["ok"]:
-            assert isinstance(result, Refusal)
-            assert result.reason in ("template_error", "no_answer")
-            continue
-        assert template.render(messages, tools) == row["text"]
-        if isinstance(result, Refusal):
-            refusals[row["conv"][:3]] = result.reason
-            continue
-        encoding = tokenizer.encode(row["text"], add_special_tokens=False)
-        assert (result.text, encoding.ids) == (row["text"], row["ids"])
-        found = token_spans(result, encoding.offsets)
-        if row["conv"].startswith("c44") and name in FIRST_ANSWER_STARTS_EARLIER:
-            assert found[0][0] < row["mask_spans"][0][0]
-            found[0][0] = row["mask_spans"][0][0]
-        assert found == row["mask_spans"], row["conv"]
-    no_answer = {"c07": "no_answer", "c47": "no_answer"}
-    assert {conv: reason for conv, reason in refusals.items() if conv not in no_answer} == REFUSED[name]

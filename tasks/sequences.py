@@ -1,0 +1,155 @@
+"""What a tokenize artifact holds: tokenized rows in shards, and the sequences that training sees.
+
+One decision: a row's tokens are written once. A sequence is a list of pieces of rows in `sequences.arrow`, so packing
+anew, repeating or mixing data sets, or adding rows, copies no token. The shards are what `datasets.load_from_disk`
+opens: one row each, with `input_ids` and `labels`, `list<int32>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tasks.fingerprint import fingerprint
+from tasks.packing import Sequences
+
+IGNORED = -100  # the label of a token that is not trained
+INDEX = "sequences.arrow"
+SHARD_SCHEMA = pa.schema(
+    [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("row", pa.int64()), ("line", pa.int32())]
+)
+INDEX_SCHEMA = pa.schema(
+    [("rows", pa.list_(pa.int64())), ("starts", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32()))]
+)
+
+
+class Sequence(NamedTuple):
+    """One sequence."""
+
+    input_ids: NDArray[numpy.int32]
+    """[s] token ids."""
+    labels: NDArray[numpy.int32]
+    """[s] the token's id where it is trained, else -100."""
+    seq_lengths: NDArray[numpy.int32]
+    """[pieces] tokens of each piece; pieces never see each other."""
+
+
+class _Shard:
+    """One memory-mapped shard."""
+
+    def __init__(self, path: Path) -> None:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        # written as one batch; combining chunks would copy them, even a single one
+        ids, labels = (table[name].chunk(0) for name in ("input_ids", "labels"))
+        self.offsets: NDArray[numpy.int32] = ids.offsets.to_numpy()
+        self.input_ids: NDArray[numpy.int32] = ids.values.to_numpy()
+        self.labels: NDArray[numpy.int32] = labels.values.to_numpy()
+
+
+class TokenizedRows:
+    """The rows of a tokenize artifact, read where they lie.
+
+    Args:
+        folder: the artifact.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.shards = [_Shard(folder / file["filename"]) for file in state["_data_files"]]
+        counts = [len(shard.offsets) - 1 for shard in self.shards]
+        self.first = numpy.concatenate([[0], numpy.cumsum(counts, dtype=numpy.int64)])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def lengths(self) -> NDArray[numpy.int64]:
+        """[rows] tokens of each row."""
+        sizes = [numpy.diff(shard.offsets) for shard in self.shards]
+        return numpy.concatenate([numpy.zeros(0, numpy.int64), *sizes])
+
+    def piece(self, row: int, start: int, length: int) -> tuple[NDArray[numpy.int32], NDArray[numpy.int32]]:
+        """Ids and labels of part of a row."""
+        number = int(numpy.searchsorted(self.first, row, side="right")) - 1
+        shard = self.shards[number]
+        begin = int(shard.offsets[row - self.first[number]]) + start
+        return shard.input_ids[begin : begin + length], shard.labels[begin : begin + length]
+
+
+class TokenizedSequences:
+    """The sequences of a tokenize artifact.
+
+    Args:
+        folder: the artifact.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.rows = TokenizedRows(folder)
+        table = pa.ipc.open_stream(pa.memory_map(str(folder / INDEX))).read_all()
+        columns = [table[name].chunk(0) for name in INDEX_SCHEMA.names]
+        self.offsets: NDArray[numpy.int32] = columns[0].offsets.to_numpy()
+        self.members, self.starts, self.sizes = (column.values.to_numpy() for column in columns)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Sequence:
+        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        pieces = [
+            self.rows.piece(int(row), int(start), int(length))
+            for row, start, length in zip(self.members[span], self.starts[span], self.sizes[span], strict=True)
+        ]
+        ids, labels = zip(*pieces, strict=True)
+        return Sequence(numpy.concatenate(ids), numpy.concatenate(labels), self.sizes[span])
+
+    def rows_of(self, index: int) -> list[int]:
+        """The rows, counted over all shards, of a sequence."""
+        return [int(row) for row in self.members[int(self.offsets[index]) : int(self.offsets[index + 1])]]
+
+    def lengths(self) -> NDArray[numpy.int64]:
+        """[sequences] tokens of each."""
+        return numpy.add.reduceat(self.sizes, self.offsets[:-1]) if len(self) else numpy.zeros(0, numpy.int64)
+
+
+def write_index(output: Path, sequences: Sequences) -> None:
+    """Write `sequences.arrow`."""
+    offsets = pa.array(sequences.offsets, pa.int32())
+    flat = [
+        pa.array(sequences.rows, pa.int64()),
+        pa.array(sequences.starts, pa.int32()),
+        pa.array(sequences.lengths, pa.int32()),
+    ]
+    batch = pa.RecordBatch.from_arrays(
+        [pa.ListArray.from_arrays(offsets, values) for values in flat], schema=INDEX_SCHEMA
+    )
+    with pa.OSFile(str(output / INDEX), "wb") as sink, pa.ipc.new_stream(sink, INDEX_SCHEMA) as writer:
+        writer.write_batch(batch)
+
+
+def describe_shards(output: Path, names: SequenceOf[str], digests: SequenceOf[str]) -> None:
+    """The two files by which `datasets` knows a saved data set.
+
+    Args:
+        output: the artifact's folder.
+        names, digests: of the shards, in order.
+    """
+    features: dict[str, Any] = {
+        name: {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"} for name in ("input_ids", "labels")
+    }
+    features |= {"row": {"dtype": "int64", "_type": "Value"}, "line": {"dtype": "int32", "_type": "Value"}}
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": fingerprint(list(digests))[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (output / "dataset_info.json").write_text(json.dumps({"features": features}, indent=1), encoding="utf-8")
+    (output / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
