@@ -17,7 +17,7 @@ from unicodedata import is_normalized
 import numpy
 import orjson
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from registry.errors import InputError, Problem
 from tasks.encoding import Encoder
@@ -114,21 +114,28 @@ class TextEncoder:
                 raise ProgramError(NOT_FAST, "the tokenizer is not one that fastokens does")
             self.fast, self.bytes_of_ids = loaded
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
-        """The reference: `tokenizers`."""
+        """The reference: `tokenizers`, without the BOS that it puts in front by itself."""
+        return self._loaded[0]
+
+    @cached_property
+    def _loaded(self) -> tuple[Tokenizer, tuple[str, int] | None]:
         tokenizer = load_tokenizer(self.folder)
-        return tokenizer
+        bos = added_bos(tokenizer, self.folder)
+        # a post-processor may also move where tokens begin behind their white space, and with it what is trained
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        return tokenizer, bos
 
     @cached_property
     def reference(self) -> Encoder:
         """Encodes row by row, with typed control tokens as text."""
         return Encoder(self.tokenizer, self.control_tokens)
 
-    @cached_property
+    @property
     def bos(self) -> tuple[str, int] | None:
         """Text and id of the BOS that the tokenizer puts in front by itself."""
-        return added_bos(self.tokenizer, self.folder)
+        return self._loaded[1]
 
     def writes_bos(self, ids: Sequence[int]) -> bool:
         """Whether a BOS is put in front of a text that has these ids: told by ids, a typed BOS is none."""
@@ -239,7 +246,7 @@ def characters(text: str, borders: Sequence[int]) -> list[int]:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The `tokenizers` tokenizer of a folder, neither cutting nor padding.
+    """The `tokenizers` tokenizer of a folder, neither cutting nor padding nor leaving anything to chance.
 
     Raises:
         InputError: tokenizer.json is not one.
@@ -251,6 +258,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise InputError(problem) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # BPE dropout: the same text would give other ids each time
     return tokenizer
 
 

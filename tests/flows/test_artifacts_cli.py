@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,46 @@ def test_gc_keeps_what_recent_runs_refer_to_and_removes_the_rest(
     assert ask(capsys, "artifacts", "verify")["damaged"] == 0
 
 
+def chunk_files(home: Path) -> set[str]:
+    """Finished chunks, by step and name."""
+    found = (home / "chunks").rglob("*")
+    return {f"{path.parts[-3]}/{path.name}" for path in found if path.is_file() and path.suffix != ".json"}
+
+
+def test_gc_removes_the_chunks_that_no_kept_artifact_has(
+    two: tuple[list[Outcome], list[Outcome]], home: Path, capsys: Capture
+) -> None:
+    record_run("toy", two[1])
+    before = chunk_files(home)
+    gone = [o.artifact for o in two[0] if o.artifact.path not in [other.artifact.path for other in two[1]]]
+    tried = ask(capsys, "artifacts", "gc", "--dry-run")
+    assert chunk_files(home) == before
+    done = ask(capsys, "artifacts", "gc")
+    assert (done["chunks"], done["bytes"]) == (tried["chunks"], tried["bytes"])
+    assert done["chunks"] == len(before) - len(chunk_files(home)) == len(gone) == 2
+    assert done["bytes"] > max(artifact.size for artifact in gone)
+    assert {name.split("/")[0] for name in chunk_files(home)} == {"fetch", "render", "tokenize"}
+    record_run("toy", make_data(home.parent / "recipe" / "toy.json", TWO))
+    assert ask(capsys, "artifacts", "gc")["chunks"] == 0
+    assert ask(capsys, "artifacts", "gc", "--keep-runs", "0")["chunks"] == len(before) - 2
+    assert chunk_files(home) == set()
+
+
+def test_what_verify_finds_damaged_is_made_again_of_other_chunks(
+    two: tuple[list[Outcome], list[Outcome]], home: Path, capsys: Capture
+) -> None:
+    artifact = two[1][-1].artifact
+    shard = next(path for path in artifact.path.glob("data-*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)  # in place: the finished chunk has the same bytes
+    assert ask(capsys, "artifacts", "verify", code=1)["damaged"] == 1
+    shutil.rmtree(artifact.path)
+    again = make_data(home.parent / "recipe" / "toy.json", TWO)
+    assert again[-1].artifact.digest == artifact.digest
+    assert ask(capsys, "artifacts", "verify")["damaged"] == 0
+
+
 def test_gc_counts_runs_of_each_recipe_by_itself(
     two: tuple[list[Outcome], list[Outcome]], home: Path, capsys: Capture
 ) -> None:
@@ -164,7 +205,7 @@ def test_gc_refuses_while_a_run_is_going_on_and_not_after_it_died(
 def test_a_home_without_anything_is_no_error(capsys: Capture) -> None:
     assert ask(capsys, "artifacts", "ls") == {"artifacts": []}
     assert ask(capsys, "artifacts", "verify") == {"artifacts": [], "damaged": 0}
-    assert ask(capsys, "artifacts", "gc") == {"removed": [], "bytes": 0, "dry_run": False}
+    assert ask(capsys, "artifacts", "gc") == {"removed": [], "chunks": 0, "bytes": 0, "dry_run": False}
     assert ask(capsys, "runs") == {"runs": []}
 
 
