@@ -27,6 +27,7 @@ from tasks.rejects import Rejects
 from tasks.skeleton import Skeletons, flat_bytes
 from tasks.steps import Input, Step, Work
 from tasks.template import ChatTemplate, Refusal, trained_spans
+from tasks.template_language import MARK_END, MARK_START
 from tasks.workers import make_chunks
 
 if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
@@ -147,10 +148,9 @@ class RowRenderer:
         """The texts of rows, or why there are none; the same as `render` of each, only faster."""
         if self.shape != "chat":
             return [self.render(row) for row in rows]
-        assert self.template is not None
         # one look over all texts: control tokens and thoughts are rare, and a row with one goes the slow way
         everything = "\n".join([message["content"] or "" for row in rows for message in row["messages"]])
-        suspicious = THOUGHT in everything or self.template.has_control_text(everything)
+        suspicious = self._is_suspicious(everything)
         return [self._filled(row, suspicious) or self.render(row) for row in rows]
 
     def _filled(self, row: Row, suspicious: bool) -> list[RenderedText] | None:
@@ -163,12 +163,16 @@ class RowRenderer:
             if len(message) != len(SIMPLE) or not content or content.isspace():
                 return None
             contents.append(content)
-        assert self.template is not None
-        if suspicious and any(THOUGHT in text or self.template.has_control_text(text) for text in contents):
+        if suspicious and any(map(self._is_suspicious, contents)):
             return None
         skeleton = self.skeletons.of(tuple([message["role"] for message in messages]))
         filled = skeleton.fill(contents) if skeleton else None
         return [RenderedText(*filled, [], skeleton.lost)] if filled and skeleton else None
+
+    def _is_suspicious(self, text: str) -> bool:
+        """Whether the engine has to look at a text: thoughts, control tokens, characters that it marks with itself."""
+        assert self.template is not None
+        return THOUGHT in text or MARK_START in text or MARK_END in text or self.template.has_control_text(text)
 
     def render(self, row: Row) -> list[RenderedText] | BadRow:
         """The texts of a canonical row: one, or chosen and rejected; or why there are none."""

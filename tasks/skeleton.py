@@ -96,6 +96,8 @@ class Skeletons:
         if rendered.typed:  # the default system message has the text of a control token: places move with each row
             return None
         pieces = TOKEN.split(str.__str__(written))
+        if _can_join(pieces[::2], self.template.control_tokens):
+            return None
         slots = tuple(recorder.forms[int(number)] for number in pieces[1::2])
         guards = tuple(recorder.guards)
         if not all(guard.holds(words[guard.text]) for guard in guards):
@@ -110,6 +112,16 @@ class Skeletons:
     def _draw(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         assert self.compiled is not None
         return self.compiled(self.template.variables_of(self.template.with_system(messages), None, prompt))
+
+
+def _can_join(literals: list[str], tokens: frozenset[str]) -> bool:
+    """Whether a text and what stands beside it can make a control token together: `<` and `|im_end|>`."""
+    if not all(literals[1:-1]):
+        return True  # two texts beside each other
+    before, behind = literals[:-1], literals[1:]
+    parts = [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))]
+    starts, ends = tuple({start for start, _ in parts}), tuple({end for _, end in parts})
+    return any(text.endswith(starts) for text in before) or any(text.startswith(ends) for text in behind)
 
 
 def _borders(

@@ -21,6 +21,7 @@ SHIPPED = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 PUBLISHED = sorted(path.name for path in (ORACLE / "tokenizers").glob("*") if path.is_dir())
 FORMS_EACH = 20  # of the 15 under each of 9 settings; templates that want turns to alternate refuse most
 SLOW = frozenset({"gpt-oss", "minimax-m1", "qwen3"})  # read what messages say
+JOINED = "empty"  # puts texts beside each other, which can make a control token of two
 NO_TEMPLATE = frozenset({"gpt2", "internlm", "mpt", "phi-2", "starcoder2"})
 CONTENTS = [
     "What is a fjord?",
@@ -158,7 +159,7 @@ def compare_all(base: Path, template: str | None) -> Counter[str]:
 def test_a_shipped_template_fills_rows_as_it_renders_them(tmp_path: Path, name: str) -> None:
     counts = compare_all(model_folder(tmp_path / "model"), (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
     assert counts["fast"] + counts["slow"] == sum(counts.values()) - counts["filled"] > 100
-    assert counts["fast"] >= FORMS_EACH
+    assert counts["fast"] >= FORMS_EACH or name == JOINED
     assert counts["filled"] > 2 * counts["fast"]
 
 
@@ -209,3 +210,22 @@ def test_longer_conversations_than_are_learned_are_rendered_one_by_one(tmp_path:
     turns = [(("user", "assistant")[number % 2], f"turn {number}") for number in range(MOST_TURNS + 2)]
     counts = compare(model_folder(tmp_path / "model"), text, [row(*turns[:-2]), row(*turns)])
     assert dict(counts) == {"fast": 1, "slow": 1, "filled": 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "question"),
+    [("<", "</s>", "|im_start|>"), ("", "|im_end|>", "hi<"), ("", "", "<|im_")],
+    ids=["with what stands before", "with what stands behind", "with another text"],
+)
+def test_a_text_that_makes_a_control_token_with_its_neighbour_goes_the_slow_way(
+    tmp_path: Path, before: str, behind: str, question: str
+) -> None:
+    template = "{% for m in messages %}" + before + "{{ m.content }}" + behind + "{% endfor %}"
+    rows = [row(("user", question), ("assistant", "end|> ok")), row(("user", "hi"), ("assistant", "ok"))]
+    assert compare(model_folder(tmp_path / "model"), template, rows)["filled"] == 0
+
+
+def test_characters_that_the_engine_marks_answers_with_are_left_to_the_engine(tmp_path: Path) -> None:
+    text = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
+    rows = [row(("user", "hi"), ("assistant", f"a{mark}b")) for mark in "\ue0f0\ue0f1"]
+    assert compare(model_folder(tmp_path / "model"), text, rows)["filled"] == 0
