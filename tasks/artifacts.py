@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.home import Home
-from tasks.digests import content_digest, sha256_file
+from tasks.digests import content_digest, sha256_file, sync
 
 FORMAT = 1  # layout of manifest.json
 MANIFEST = "manifest.json"
@@ -155,7 +155,7 @@ class Store:
             if known and name in known:
                 files[name] = known[name]
             elif path.is_file():
-                _sync(path)
+                sync(path)
                 files[name] = (path.stat().st_size, sha256_file(path))
         whole = manifest | {
             "format": FORMAT,
@@ -164,12 +164,12 @@ class Store:
         }
         text = json.dumps(whole, ensure_ascii=False, indent=1)
         (output / f".{MANIFEST}").write_text(text, encoding="utf-8")
-        _sync(output / f".{MANIFEST}")
+        sync(output / f".{MANIFEST}")
         (output / f".{MANIFEST}").rename(output / MANIFEST)
         target = self.folder(step, label, manifest["key"])
         target.parent.mkdir(parents=True, exist_ok=True)
         output.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return Artifact(target, whole)
 
     def all(self) -> Iterator[Artifact]:
@@ -206,12 +206,3 @@ def remove_folder(path: Path) -> None:
     """Remove a folder that may not be there."""
     if path.exists():
         shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file or folder survive a power cut before anything refers to it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.home import Home
-from tasks.digests import sha256_file
+from tasks.digests import sha256_file, sync
 
 Task = dict[str, Any]
 Report = dict[str, Any]
@@ -75,7 +75,7 @@ def make_chunk(maker: Maker, task: Task, payload: bytes, target: str) -> dict[st
     try:
         report = maker.make(task, payload, part)
         described = {"size": part.stat().st_size, "sha256": sha256_file(part), "report": report}
-        _sync(part)
+        sync(part)
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
@@ -176,11 +176,3 @@ def _inode(path: Path) -> tuple[int, int]:
 def _remove(path: Path) -> None:
     path.with_name(f"{path.name}.json").unlink(missing_ok=True)  # first: a description alone is no chunk either
     path.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

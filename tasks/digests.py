@@ -39,6 +39,15 @@ def blake3_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Make a file or folder survive a power cut before anything refers to it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class DigestMemory:
     """sha256 of files that are read often (source data, local models), kept in one SQLite file.
 

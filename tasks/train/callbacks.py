@@ -16,9 +16,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tasks.digests import sync
 from tasks.program import Events, ProgramError
 from tasks.train.batches import BatchPlan, MicroBatchSampler
-from tasks.train.checkpoints import mark_whole, rotate, sync
+from tasks.train.checkpoints import mark_whole, rotate
 from tasks.train.trainer import StepCounts
 
 SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch")

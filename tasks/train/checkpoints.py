@@ -8,9 +8,10 @@ as the newest whole one. Only exact resume exists: without optimizer, schedule a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
+
+from tasks.digests import sync
 
 MARKER = "whole.json"
 FORMAT = 1  # layout of the marker
@@ -91,15 +92,6 @@ def rotate(root: Path, keep: int, processes: int) -> None:
     for folder in whole[: -max(keep, 1)]:
         (folder / MARKER).unlink()  # first: a kill in the middle must not leave a marker on a thinned-out folder
         shutil.rmtree(folder)
-
-
-def sync(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoints(root: Path) -> list[Path]:
