@@ -16,8 +16,6 @@ from typing import Any, Literal
 from registry.errors import InputError, Problem
 
 FORMATS = ("alpaca", "sharegpt", "openai", "transcript", "text")
-ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
-CHAT = {"messages": "conversations", "system": "system", "tools": "tools"}
 TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -26,13 +24,6 @@ TAGS = {
     "observation_tag": "observation",
     "function_tag": "function_call",
     "system_tag": "system",
-}
-OPENAI_TAGS = TAGS | {
-    "role_tag": "role",
-    "content_tag": "content",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
 }
 COLUMNS = (
     *("prompt", "query", "response", "history", "system", "tools", "messages", "text"),
