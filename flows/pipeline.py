@@ -127,8 +127,10 @@ def _open(recipe: str | dict[str, Any], overrides: list[str], data_only: bool, w
     home = Home.open()
     built = build(load_recipe(recipe, overrides), home)
     built = built.data_only() if data_only else built
-    preflight(built, plan(built, _store(home)), home)
-    return Session(built, home, LogView(write))
+    view = LogView(write)
+    for note in preflight(built, plan(built, _store(home)), home):
+        view.say(note)
+    return Session(built, home, view)
 
 
 def _store(home: Home) -> Any:

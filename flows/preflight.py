@@ -9,7 +9,7 @@ from flows.planning import PlannedStep
 from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.models import MODELS
-from tasks.devices import cuda_devices, require_bf16
+from tasks.devices import CPU_INFO, cuda_devices, require_bf16, slow_bf16
 from tasks.fetch import count_usable_rows
 from tasks.render import RowRenderer
 from tasks.steps import LocalFolder
@@ -33,13 +33,17 @@ def bytes_needed(pipeline: Pipeline, lines: list[PlannedStep]) -> int:
     return int(needed) + RESERVE_BYTES
 
 
-def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> None:
+def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[str]:
     """Refuse to start what cannot end.
+
+    Returns:
+        What will work and not as one would like, a sentence each.
 
     Raises:
         InputError: too little disk, bf16 on a device without it, a template that does not compile.
     """
     problems: list[Problem] = []
+    notes: list[str] = []
     if any(line.state != "cached" for line in lines):
         try:
             home.require_free(bytes_needed(pipeline, lines))
@@ -51,9 +55,12 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> None:
                 require_bf16(cuda_devices(), f"stages.{name}.bf16")
             except InputError as error:
                 problems += error.problems
+            slow = None if cuda_devices() or not CPU_INFO.exists() else slow_bf16(CPU_INFO.read_text(encoding="utf-8"))
+            notes += [f"stages.{name}.bf16: {slow}"] if slow else []
     problems += _template_problems(lines)
     if problems:
         raise InputError(problems)
+    return notes
 
 
 def require_rows(lines: list[PlannedStep]) -> None:

@@ -65,7 +65,8 @@ def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
     recipe = load_recipe(name, overrides)
     home = Home.open()
     pipeline = build(recipe, home)
-    preflight(pipeline, plan(pipeline, Store(home)), home)
+    for note in preflight(pipeline, plan(pipeline, Store(home)), home):
+        console.print(Text(note, style="yellow"))
     data = {}
     for step in pipeline.steps:
         if step.kind == "fetch" and not step.inputs:  # else its files are not here yet

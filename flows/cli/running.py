@@ -33,7 +33,8 @@ def run_recipe(name: str, overrides: list[str], as_json: bool, strict_versions: 
         return _up_to_date(pipeline, lines, home, console, as_json)
     from flows.preflight import preflight, require_rows
 
-    preflight(pipeline, lines, home)
+    for note in preflight(pipeline, lines, home):
+        console.print(note, style="yellow", markup=False)
     require_rows(lines)
     return _run(pipeline, lines, home, console, as_json)
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from flows.cli.app import run_app
+from tasks.devices import slow_bf16
 from tests.flows.refusals import nothing_begun, refusal, write_lines
 from tests.flows.toy import start
 
@@ -245,3 +246,10 @@ def test_an_error_found_inside_a_step_ends_every_run_as_failed(folder: Path, hom
 def belongs(process: psutil.Process, home: Path) -> bool:
     """Whether a process was started with this home."""
     return (process.info["environ"] or {}).get("LLAMATUNER_HOME") == str(home) and process.pid != os.getpid()
+
+
+def test_bf16_on_a_processor_without_units_for_it_is_said_to_be_slow() -> None:
+    assert slow_bf16("flags\t: fpu avx2 avx512f avx512_vnni") is not None
+    assert slow_bf16("flags\t: fpu avx512_bf16 amx_bf16") is None
+    assert slow_bf16("Features\t: fp asimd bf16") is None
+    assert slow_bf16("") is None
