@@ -30,10 +30,12 @@ class StageSteps:
     tokenized: Step
     trained: Step
     model: Step
-    """Makes the weights that come out: the merge, or the training itself for full tuning."""
+    """Makes the weights that come out: the merge, or the training itself where it makes all of them."""
     held_out: dict[str, Step] = field(default_factory=dict)
     """Data set name → its tokenize step."""
     evaluated: Step | None = None
+    before: str | None = None
+    """Label, in `Pipeline.befores`, of the measurement of the model that the stage starts from."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,34 @@ class Pipeline:
     recipe: Recipe
     steps: tuple[Step, ...]
     stages: dict[str, StageSteps]
-    base_evaluated: Step | None = None
+    befores: dict[str, Step] = field(default_factory=dict)
+    """What is measured to compare with: `base`, or `sft:dpo` for stage sft's model on stage dpo's data sets."""
 
     def data_only(self) -> Pipeline:
         """The data steps alone."""
         return replace(self, steps=tuple(step for step in self.steps if step.kind in DATA_STEPS))
+
+    def evaluations(self) -> dict[str, Step]:
+        """Label or stage name → the step that measures; what is compared with comes first."""
+        return self.befores | {name: stage.evaluated for name, stage in self.stages.items() if stage.evaluated}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a stage begins with."""
+
+    model: Input
+    name: str
+    """For people: registry name, hub id, folder name or recipe and stage."""
+    stage: str = BASE
+    """The stage that made it."""
 
 
 def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline:
     """The steps of a recipe.
 
     Args:
-        recipe: validated.
+        recipe: validated; its stages come behind those they start from.
         home: for remembered digests, and models kept there.
         strict_versions: let versions of torch, transformers and their like enter the keys.
 
@@ -63,18 +81,36 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
     """
     memory = DigestMemory(home.digests)
     stages: dict[str, StageSteps] = {}
-    base_evaluated = None
+    befores: dict[str, Step] = {}
+    from_base = sum(settings.model.model is None for settings in recipe.stages)
     for settings in recipe.stages:
-        base, base_name = base_input(settings.model.model_name_or_path, settings.model.model_revision, home)
-        steps = _stage(recipe, settings, base, base_name, memory)
+        start = _start(settings.model.model, settings, stages, recipe, home)
+        reference = None
+        if settings.train.ref_model is not None:
+            reference = _start(settings.train.ref_model, settings, stages, recipe, home).model
+        steps = _stage(recipe, settings, start, reference, memory)
+        if steps.evaluated and recipe.evaluation.compare_with == "base" and STAGES[settings.train.stage].makes_text:
+            alone = start.stage == BASE and from_base == 1
+            label = BASE if alone else f"{start.stage}:{settings.name}"
+            name = "evaluate" if alone else f"evaluate:{settings.name}"
+            befores[label] = evaluate_step(
+                start.stage, name, start.name, start.model, steps.held_out, recipe.evaluation, settings
+            )
+            steps = replace(steps, before=label)
         stages[settings.name] = steps
-        if steps.evaluated and recipe.evaluation.compare_with == "base":
-            base_evaluated = evaluate_step(BASE, base_name, base, steps.held_out, recipe.evaluation, settings)
-    ends = [step for stage in stages.values() for step in (stage.evaluated or stage.model, base_evaluated) if step]
-    ordered = tuple(upstream(ends))
-    if strict_versions:
-        return build_strict(Pipeline(recipe, ordered, stages, base_evaluated))
-    return Pipeline(recipe, ordered, stages, base_evaluated)
+    ends = [*(stage.evaluated or stage.model for stage in stages.values()), *befores.values()]
+    pipeline = Pipeline(recipe, tuple(upstream(ends)), stages, befores)
+    return build_strict(pipeline) if strict_versions else pipeline
+
+
+def _start(
+    named: str | None, settings: StageSettings, stages: dict[str, StageSteps], recipe: Recipe, home: Home
+) -> Start:
+    """The model of an earlier stage, or one by name; None: the stage's own base."""
+    if named in stages:
+        return Start(Input(stages[named].model), f"{recipe.name}-{named}", named)
+    model, name = base_input(named or settings.model.model_name_or_path, settings.model.model_revision, home)
+    return Start(model, name)
 
 
 def build_strict(pipeline: Pipeline) -> Pipeline:
@@ -87,37 +123,37 @@ def build_strict(pipeline: Pipeline) -> Pipeline:
         }
         made[id(step)] = replace(step, inputs=inputs, strict_versions=True)
     stages = {
-        name: StageSteps(
-            stage.settings,
-            made[id(stage.rendered)],
-            made[id(stage.tokenized)],
-            made[id(stage.trained)],
-            made[id(stage.model)],
-            {key: made[id(step)] for key, step in stage.held_out.items()},
-            made[id(stage.evaluated)] if stage.evaluated else None,
+        name: replace(
+            stage,
+            rendered=made[id(stage.rendered)],
+            tokenized=made[id(stage.tokenized)],
+            trained=made[id(stage.trained)],
+            model=made[id(stage.model)],
+            held_out={key: made[id(step)] for key, step in stage.held_out.items()},
+            evaluated=made[id(stage.evaluated)] if stage.evaluated else None,
         )
         for name, stage in pipeline.stages.items()
     }
-    base = made[id(pipeline.base_evaluated)] if pipeline.base_evaluated else None
-    return Pipeline(pipeline.recipe, tuple(made.values()), stages, base)
+    befores = {label: made[id(step)] for label, step in pipeline.befores.items()}
+    return Pipeline(pipeline.recipe, tuple(made.values()), stages, befores)
 
 
-def _stage(recipe: Recipe, settings: StageSettings, base: Input, base_name: str, memory: DigestMemory) -> StageSteps:
-    stage, data, train = settings.name, settings.data, settings.train
+def _stage(
+    recipe: Recipe, settings: StageSettings, start: Start, reference: Input | None, memory: DigestMemory
+) -> StageSteps:
+    stage, data, train, base = settings.name, settings.data, settings.train, start.model
     label = f"{recipe.name}-{stage}"
-    shape, runtime = STAGES[train.stage].shape, settings.runtime
-    fetched = fetch_step(stage, "fetch", settings.sources, data, runtime, shape, train.seed, memory, split=True)
+    kind, runtime = STAGES[train.stage], settings.runtime
+    fetched = fetch_step(stage, "fetch", settings.sources, data, runtime, kind.shape, train.seed, memory, split=True)
     rendered = render_step(stage, "render", fetched, ROWS, base, data, settings.template)
-    mixture = _mixture(settings)
-    tokenized = tokenize_step(stage, "tokenize", rendered, base, data, data.packing, mixture)
+    tokenized = tokenize_step(stage, "tokenize", rendered, base, data, data.packing, _mixture(settings))
     held_out = _held_out(settings, fetched, base, memory)
-    adapter = _adapter(settings)
-    trained = train_step(label, base, base_name, tokenized, adapter, settings)
+    trained = train_step(label, start.name, base, tokenized, settings, reference, _adapter(settings))
     adapts = METHODS[train.finetuning_type].makes == "adapter"
     model = merge_step(stage, label, base, trained) if adapts else trained
     evaluated = None
-    if held_out or recipe.evaluation.questions:
-        evaluated = evaluate_step(stage, label, Input(model), held_out, recipe.evaluation, settings)
+    if held_out or (recipe.evaluation.questions and kind.makes_text):
+        evaluated = evaluate_step(stage, "evaluate", label, Input(model), held_out, recipe.evaluation, settings)
     return StageSteps(settings, rendered, tokenized, trained, model, held_out, evaluated)
 
 

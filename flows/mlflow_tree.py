@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from flows.graph import BASE, Pipeline, StageSteps
+from flows.graph import Pipeline, StageSteps
 from tasks.evaluation import read_results
 from tasks.jsonlines import read_json_lines
 from tasks.statistics import STATISTICS, statistics_picture
@@ -111,13 +111,15 @@ class MlflowTree:
         self._tracker.tags(run_id, {"llamatuner.model": registered} if registered else {})
 
     def _evaluated(self, step: Step, outcome: Outcome) -> dict[str, Any]:
-        parent = self._tracker.run_id if step.stage == BASE else self.stage_runs.get(step.stage)
-        run_id = self._tracker.open(f"{step.stage} evaluation", parent, self._tags)
+        label = next(label for label, other in self._pipeline.evaluations().items() if other is step)
+        measured = None if label in self._pipeline.befores else self.stage_runs[label]
+        parent = measured or self._tracker.run_id
+        run_id = self._tracker.open(f"{label} evaluation", parent, self._tags)
         results = read_results(outcome.artifact.path, step.runtime["set_names"])
         values = {name: result["value"] for name, result in results.items()}
         self._tracker.results(run_id, values)
-        if step.stage != BASE:
-            self._tracker.results(parent, values)
+        if measured:
+            self._tracker.results(measured, values)
         if outcome.state == "cached":
             self._link(run_id, outcome)
         for file in ("results.json", "answers.jsonl", "manifest.json"):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from flows.graph import BASE, Pipeline
+from flows.graph import Pipeline
 from flows.mlflow_tree import MlflowTree
 from flows.run_records import RunRecord
 from flows.view import View
@@ -154,9 +154,8 @@ def outcome_json(step: Step, outcome: Outcome) -> dict[str, Any]:
 def results_of(pipeline: Pipeline, artifacts: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Stage → metric → value, from finished artifacts by step title."""
     results: dict[str, dict[str, float]] = {}
-    evaluated = {BASE: pipeline.base_evaluated} | {name: stage.evaluated for name, stage in pipeline.stages.items()}
-    for stage, step in evaluated.items():
-        if step and step.title in artifacts:
+    for stage, step in pipeline.evaluations().items():
+        if step.title in artifacts:
             found = read_results(artifacts[step.title].path, step.runtime["set_names"])
             results.setdefault(stage, {}).update({name: result["value"] for name, result in found.items()})
     for name, stage_steps in pipeline.stages.items():

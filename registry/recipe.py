@@ -10,17 +10,18 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from glob import has_magic, iglob
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from registry.combinations import idle, refused
 from registry.core import user_path
-from registry.data_files import kind_of
 from registry.data_registry import find_dataset
 from registry.data_sources import DataSource
 from registry.errors import InputError, Problem, did_you_mean, shown
+from registry.recipe_paths import absolute_paths
 from registry.records import (
     DataSettings,
     EvaluationSettings,
@@ -36,11 +37,14 @@ from registry.templates import template_text
 RECORDS: tuple[type[Record], ...] = (ModelSettings, DataSettings, TrainSettings, RuntimeSettings)
 FIELDS: dict[str, type[Record]] = {name: record for record in RECORDS for name in record.model_fields}
 RECIPE_KEYS = ("name", "stages", "evaluation")
-ALIASES = {"eval_dataset_size": "val_size", "model_max_length": "cutoff_len"}
+ALIASES = {
+    "eval_dataset_size": "val_size",
+    "model_max_length": "cutoff_len",
+    **dict.fromkeys(("dpo_beta", "kto_beta", "orpo_beta"), "pref_beta"),
+    **dict.fromkeys(("dpo_ftx", "kto_ftx"), "pref_ftx"),
+    "dpo_loss": "pref_loss",
+}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
-PATHS = {"dataset_dir": True, "adapter_name_or_path": True, "model_name_or_path": False}
-"""Settings that are paths: always, or only when such a folder exists."""
-LORA_ONLY = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "adapter_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class StageSettings:
     """Held-out data sets: those of the stage and those of `evaluation.perplexity`, each once."""
     template: str | None
     """Jinja text of the chat template; None: the model's own."""
+
+    def references(self) -> dict[str, str]:
+        """`model` and `ref_model` where they name something, a stage or, for the latter, any model."""
+        named = {"model": self.model.model, "ref_model": self.train.ref_model}
+        return {key: value for key, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -100,19 +109,51 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
         raise InputError([Problem(f"stages.{key}", f"{shown(written[key])} {rule}", cure) for key in flat], title)
     name = _name(raw.get("name", Path(title).stem), problems)
     evaluation = _record(EvaluationSettings, raw.get("evaluation", {}), lambda key: f"evaluation.{key}", problems)
-    stages = []
+    stages, idle = {}, list[set[Problem]]()
     for stage_name, own in written.items():
         known = len(problems)
         where = _places(str(stage_name), own, defaults, "stages" in raw)
-        stage = _stage(str(stage_name), _renamed(defaults | own, where, notes), where, evaluation, problems)
+        settings = _renamed(_inherited(defaults, own, written), where, notes)
+        stage, without_effect = _stage(str(stage_name), settings, where, evaluation, problems)
+        own_keys = {where(ALIASES.get(key, key)) for key in own}
+        problems += [problem for problem in without_effect if problem.where in own_keys]
+        idle.append(set(without_effect))
         if stage is not None and len(problems) == known:
-            stages.append(stage)
-    if len(stages) > 1:
-        problems.append(Problem("stages", f"{len(stages)} stages; chains are not supported yet", "Keep one stage."))
+            stages[str(stage_name)] = stage
+    problems += sorted(set.intersection(*idle), key=lambda problem: problem.where)  # a default that no stage can use
+    ordered = in_order(stages, problems) if len(stages) == len(written) else []
     if problems:
         raise InputError(_each_once(problems), title)
     assert evaluation is not None
-    return Recipe(name, tuple(stages), evaluation, raw, tuple(dict.fromkeys(notes)))
+    return Recipe(name, tuple(ordered), evaluation, raw, tuple(dict.fromkeys(notes)))
+
+
+def _inherited(defaults: Mapping[str, Any], own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's settings; one that starts from another stage has that stage's base model."""
+    settings = {**defaults, **own}
+    seen: list[Any] = []
+    while "model_name_or_path" not in settings and own.get("model") in written and own["model"] not in seen:
+        seen.append(own["model"])
+        own = written[own["model"]]
+        settings |= {key: own[key] for key in ("model_name_or_path",) if key in own}
+    return settings
+
+
+def in_order(stages: Mapping[str, StageSettings], problems: list[Problem]) -> list[StageSettings]:
+    """The stages, each behind those it refers to; in the order they are written where that leaves a choice."""
+    needs: dict[str, set[str]] = {}
+    for name, stage in stages.items():
+        found = stage.references()
+        if "model" in found and found["model"] not in stages:
+            cure = did_you_mean(found["model"], [other for other in stages if other != name])
+            problems.append(Problem(f"stages.{name}.model", f"{found['model']!r} is no stage of this recipe", cure))
+        needs[name] = {value for value in found.values() if value in stages}
+    try:
+        return [stages[name] for name in TopologicalSorter(needs).static_order()] if not problems else []
+    except CycleError as error:
+        rule = f"the stages {' → '.join(error.args[1])} start from each other"
+        problems.append(Problem("stages", rule, "One of them has to start from a base model."))
+        return []
 
 
 def _each_once(problems: list[Problem]) -> list[Problem]:
@@ -144,7 +185,8 @@ def _renamed(settings: dict[str, Any], where: Any, notes: list[str]) -> dict[str
 
 def _stage(
     name: str, settings: dict[str, Any], where: Any, evaluation: EvaluationSettings | None, problems: list[Problem]
-) -> StageSettings | None:
+) -> tuple[StageSettings | None, list[Problem]]:
+    """A stage, where it is valid; and what is written in it, or above it, without effect."""
     for key in settings:
         if key not in FIELDS:
             problems.append(Problem(where(key), "unknown key", did_you_mean(str(key), [*FIELDS, *RECIPE_KEYS])))
@@ -174,7 +216,7 @@ def _stage(
     template = (
         _collect(problems, template_text, data.template, where("template")) if isinstance(data, DataSettings) else None
     )
-    _rules(settings, where, problems)
+    without_effect = _rules(settings, parts, where, problems)
     if isinstance(data, DataSettings):
         known = isinstance(train, TrainSettings) and train.stage in STAGES
         _data_rules(data, STAGES[train.stage].shape if known else "chat", sources, where, problems)
@@ -184,17 +226,19 @@ def _stage(
         and isinstance(train, TrainSettings)
         and isinstance(runtime, RuntimeSettings)
     ):
-        return None
+        return None, without_effect
     unique = tuple({source.name: source for source in reversed(held_out)}.values())[::-1]
     for source in held_out:
         if any(other.name == source.name and other != source for other in unique):
             rule = f"two held-out data sets are named {source.name!r}; each is reported by its name"
             problems.append(Problem(where("eval_dataset"), rule, "Rename one of the files."))
-    return StageSettings(name, model, data, train, runtime, tuple(sources), unique, template)
+    return StageSettings(name, model, data, train, runtime, tuple(sources), unique, template), without_effect
 
 
-def _rules(settings: Mapping[str, Any], where: Any, problems: list[Problem]) -> None:
-    """Names that must be known, and settings that exclude each other."""
+def _rules(
+    settings: Mapping[str, Any], parts: list[Record | None], where: Any, problems: list[Problem]
+) -> list[Problem]:
+    """Names that must be known, and settings that exclude each other; those without effect are returned."""
     for key, registry in (("stage", STAGES), ("finetuning_type", METHODS)):
         if isinstance(settings.get(key), str):
             _collect(problems, registry.lookup, settings[key], where(key))
@@ -202,11 +246,12 @@ def _rules(settings: Mapping[str, Any], where: Any, problems: list[Problem]) -> 
     if isinstance(kept_back, float) and kept_back > 1 and not kept_back.is_integer():
         rule = f"{kept_back} is neither a share below 1 nor a whole number of rows"
         problems.append(Problem(where("val_size"), rule, "E.g. 0.1 or 100."))
-    if settings.get("finetuning_type") == "full":
-        for key in LORA_ONLY:
-            if settings.get(key) is not None:
-                rule = f"{key} has no effect with finetuning_type full"
-                problems.append(Problem(where(key), rule, "Remove it, or use finetuning_type: lora."))
+    written = {key for key, value in settings.items() if value is not None}
+    if all(parts):
+        values = {key: value for part in parts if part for key, value in part}
+        problems += [Problem(where(key), rule, cure) for key, rule, cure in refused(values)]
+        return [Problem(where(key), rule, cure) for key, rule, cure in idle(values, written)]
+    return []
 
 
 def _data_rules(
@@ -296,56 +341,3 @@ def _problem(record: type[Record], item: Any, where: Any) -> Problem:
     if item["type"] == "too_short":  # in pydantic's words a tuple, which nobody wrote
         rule = "is empty"
     return Problem(place, f"{shown(item['input'])} {rule}", f"{field}: {help_text}" if help_text else "")
-
-
-def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The recipe with paths that hold from any working directory.
-
-    A relative path starts at the recipe's folder. Names of registries and hubs stay as they are: a value is a path
-    when something of that name exists there, or when it can be nothing else.
-    """
-
-    def absolute(value: Any, must: bool) -> Any:
-        if not isinstance(value, str) or not value:
-            return value
-        try:
-            path = folder / user_path(value, "")
-            path = folder / user_path(str(path), "")
-        except InputError:
-            return value  # refused where it is used, with its key
-        there = must or path.exists() or (has_magic(value) and any(iglob(str(path), recursive=True)))
-        return str(path.absolute()) if there or value.startswith(("~", "./", "../")) else value
-
-    def mended_dataset(wanted: Any) -> Any:
-        if isinstance(wanted, dict):
-            places = {key: mended_dataset(wanted[key]) for key in ("dataset", "file_name") if key in wanted}
-            return wanted | places
-        if not isinstance(wanted, str) or not any(sign in wanted for sign in "/.*") or "://" in wanted:
-            return wanted
-        head, at, split = wanted.rpartition("@")  # of `rows.jsonl@train[:100]`
-        if at and kind_of(head) and not kind_of(wanted):
-            return f"{absolute(head, False)}@{split}"
-        return absolute(wanted, False)
-
-    def mended(settings: Mapping[str, Any]) -> dict[str, Any]:
-        changed = dict(settings)
-        for key, must in PATHS.items():
-            if key in changed:
-                changed[key] = absolute(changed[key], must)
-        if str(changed.get("template", "")).endswith(".jinja"):
-            changed["template"] = absolute(changed["template"], True)
-        for key in ("dataset", "eval_dataset", "perplexity"):
-            value = changed.get(key)
-            names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-            if isinstance(names, dict):
-                names = [names]
-            if isinstance(names, list):
-                changed[key] = [mended_dataset(name) for name in names]
-        return changed
-
-    whole = mended(raw)
-    if isinstance(raw.get("stages"), dict):
-        whole["stages"] = {n: mended(own) if isinstance(own, dict) else own for n, own in raw["stages"].items()}
-    if isinstance(raw.get("evaluation"), dict):
-        whole["evaluation"] = mended(raw["evaluation"])
-    return whole

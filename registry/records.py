@@ -10,50 +10,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-
-def _split_names(value: Any) -> Any:
-    """`a,b` as people write lists in LLaMA-Factory configs, or one name, or a list."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _list_of_one(value: Any) -> Any:
-    """Data sets as people write them: as names, or one mapping without a list around it."""
-    return (value,) if isinstance(value, dict) else _split_names(value)
-
-
-def _split_numbers(value: Any) -> Any:
-    """`0.7,0.3` as people write shares in LLaMA-Factory configs, or one number, or a list."""
-    if not isinstance(value, str):
-        return (value,) if isinstance(value, int | float) else _split_names(value)
-    try:
-        return tuple(float(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        return _split_names(value)  # refused below, as it was written
-
-
-def _minus_one_is_unset(value: Any) -> Any:
-    return None if value == -1 and not isinstance(value, bool) else value
-
-
-Shares = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_split_numbers)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
-Steps = Annotated[int, Field(ge=1, lt=2**31)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Record(BaseModel):
-    """Frozen, no unknown keys, documented fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from registry.combinations import without_effect
+from registry.loss_records import LossSettings
+from registry.method_records import MethodSettings
+from registry.record import Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
 
 
 class ModelSettings(Record):
     """The model a stage starts from."""
 
+    model: Text | None = None
+    """Earlier stage of the recipe whose model this stage starts from."""
     model_name_or_path: Text
     """Registry name, Hugging Face hub id (`owner/name`) or local folder of the base model."""
     model_revision: Text = "main"
@@ -109,7 +78,7 @@ def _form(value: Any) -> str:
 
 
 DatasetName = Annotated[Annotated[str, Tag("name")] | Annotated[InlineDataset, Tag("mapping")], Discriminator(_form)]
-Datasets = Annotated[tuple[DatasetName, ...], BeforeValidator(_list_of_one)]
+Datasets = Annotated[tuple[DatasetName, ...], BeforeValidator(list_of_one)]
 
 
 class DataSettings(Record):
@@ -159,21 +128,11 @@ class DataSettings(Record):
     """Largest share of rows that may be left out before the run ends with an error."""
 
 
-class TrainSettings(Record):
+class TrainSettings(MethodSettings, LossSettings):
     """How the weights are moved."""
 
     stage: str = "sft"
     """Training stage; see `llamatuner list stages`."""
-    finetuning_type: str = "lora"
-    """What is trained: `lora` (low-rank matrices beside frozen weights) or `full` (all weights)."""
-    lora_rank: Steps = 8
-    """Rank r of the LoRA matrices."""
-    lora_alpha: Steps | None = None
-    """LoRA scale numerator: updates are scaled by lora_alpha / lora_rank; twice the rank when not set."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability on the input of the LoRA matrices."""
-    lora_target: Names = ("all",)
-    """Module names that get LoRA matrices; `all` is every linear module but the output head."""
     per_device_train_batch_size: Steps = 1
     """Sequences per process in one forward pass."""
     gradient_accumulation_steps: Steps = 1
@@ -184,7 +143,7 @@ class TrainSettings(Record):
     """Peak learning rate."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     """Passes over the training rows; not used when `max_steps` is set."""
-    max_steps: Annotated[Steps | None, BeforeValidator(_minus_one_is_unset)] = None
+    max_steps: Annotated[Steps | None, BeforeValidator(minus_one_is_unset)] = None
     """Optimizer steps to make; -1 or nothing leaves it to `num_train_epochs`."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Shape of the learning rate over the run."""
@@ -199,23 +158,16 @@ class TrainSettings(Record):
     bf16: bool = False
     """Weights of the frozen base and arithmetic in bfloat16; LoRA matrices and optimizer state stay float32."""
 
-    def resolved_lora_alpha(self) -> int:
-        """`lora_alpha`, or twice the rank."""
-        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
-
     def global_batch_size(self) -> int:
         """Sequences per optimizer step: per device x accumulation x processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.nproc_per_node
 
     def identity(self) -> dict[str, Any]:
         """The settings that change the weights: derived values filled in, those without effect left out."""
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json", exclude={"ref_model"})  # an input of the step, whatever its name
         fields["lora_alpha"] = self.resolved_lora_alpha()
-        if self.finetuning_type != "lora":
-            fields = {name: value for name, value in fields.items() if not name.startswith("lora_")}
-        fields.pop("num_train_epochs" if self.max_steps is not None else "max_steps")
-        if self.lr_scheduler_type == "constant":
-            fields.pop("warmup_ratio")
+        for name in without_effect(fields):
+            fields.pop(name)
         return fields
 
 

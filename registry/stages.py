@@ -16,6 +16,8 @@ class Stage:
     shape: str
     """Shape of its rows, see `tasks.formats`: `chat`, `text`, …"""
     description: str
+    makes_text: bool = True
+    """Whether what comes out is a language model; a reward model is none."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings whose default is another one than that of their field."""
 
@@ -32,8 +34,15 @@ class Method:
 STAGES: Registry[Stage] = Registry(
     "stage",
     lambda: [
-        ("pt", Stage("text", "Continued pretraining on plain text.", {"packing": True, "overlong": "split"})),
+        ("pt", Stage("text", "Continued pretraining on plain text.", defaults={"packing": True, "overlong": "split"})),
         ("sft", Stage("chat", "Supervised fine-tuning on the answers of conversations.")),
+        (
+            "rm",
+            Stage("preference", "Reward model: a score for an answer (Ouyang et al. 2022, arXiv:2203.02155).", False),
+        ),
+        ("dpo", Stage("preference", "Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290).")),
+        ("kto", Stage("labelled", "Learning from answers marked as good or bad (Ethayarajh 2024, arXiv:2402.01306).")),
+        ("orpo", Stage("preference", "Odds ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691).")),
     ],
 )
 

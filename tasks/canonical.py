@@ -35,6 +35,13 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "prompt": {"prompt": MESSAGES, "tools": pa.string(), "reference": pa.string()},
 }
 """Columns of the five shapes; the stages that take them are in `registry.stages`."""
+MARKS = {"preference": "margin", "labelled": "label"}
+"""Shape → the column that says what else is known of a row's texts; it goes with them to training."""
+
+
+def mark_field(shape: str) -> list[pa.Field]:
+    """The field of the mark of a shape; none for shapes without."""
+    return [pa.field(MARKS[shape], COLUMNS[shape][MARKS[shape]])] if shape in MARKS else []
 
 
 def schema(shape: str) -> pa.Schema:

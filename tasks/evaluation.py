@@ -12,6 +12,7 @@ from typing import Any
 
 from registry.recipe import StageSettings
 from registry.records import EvaluationSettings
+from registry.stages import STAGES
 from tasks.jsonlines import read_json_lines
 from tasks.launch import run_program
 from tasks.steps import Input, Step, Work
@@ -21,29 +22,40 @@ VERSION = 1  # first form
 
 
 def evaluate_step(
-    stage: str, label: str, model: Input, sets: dict[str, Step], evaluation: EvaluationSettings, settings: StageSettings
+    stage: str,
+    name: str,
+    label: str,
+    model: Input,
+    sets: dict[str, Step],
+    evaluation: EvaluationSettings,
+    settings: StageSettings,
 ) -> Step:
     """The step that measures a model.
 
     Args:
-        stage, label: where it stands in the plan, and its name for people.
+        stage, name: where it stands in the plan.
+        label: its name for people.
         model: the weights.
         sets: data set name → its tokenize step.
         evaluation: questions and answer length.
         settings: of the stage the sets belong to: template, bf16, batch size.
     """
     inputs = {f"set.{index}": Input(step, SHARD_FILES) for index, step in enumerate(sets.values())}
+    kind = STAGES[settings.train.stage]
+    questions = evaluation.questions if kind.makes_text else ()
     answers = {"max_new_tokens": evaluation.max_new_tokens, "template": settings.template}
     return Step(
         stage=stage,
-        name="evaluate",
+        name=name,
         version=VERSION,
         label=label,
         identity={
-            "questions": list(evaluation.questions),
+            "questions": list(questions),
+            "shape": kind.shape,
+            "measure": "perplexity" if kind.makes_text else "reward",
             "bf16": settings.train.bf16,
             "sets": [str(index) for index in range(len(sets))],
-            **(answers if evaluation.questions else {}),
+            **(answers if questions else {}),
         },
         inputs={"model": Input(model.source, BASE_FILES), **inputs},
         run="tasks.evaluation:evaluate",
@@ -63,9 +75,13 @@ def evaluate(work: Work) -> dict[str, Any]:
 
 
 def read_results(artifact: Path, set_names: list[str]) -> dict[str, dict[str, Any]]:
-    """`perplexity.<set>` → value, nll, tokens, rows; sets by their present names."""
+    """`<measure>.<set>` → value, rows and what they were made of; sets by their present names."""
     stored = json.loads((artifact / "results.json").read_text(encoding="utf-8"))
-    return {f"perplexity.{name}": stored[f"perplexity.{index}"] for index, name in enumerate(set_names)}
+    results = {}
+    for metric, result in stored.items():
+        measure, _, index = metric.rpartition(".")
+        results[f"{measure}.{set_names[int(index)]}"] = result
+    return results
 
 
 def read_answers(artifact: Path) -> list[dict[str, Any]]:

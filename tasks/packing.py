@@ -29,14 +29,15 @@ class Sequences:
     """[pieces] tokens."""
 
 
-def one_by_one(rows: Integers, lengths: Integers) -> Sequences:
-    """Every row a sequence of its own.
+def one_by_one(rows: Integers, lengths: Integers, wide: int = 1) -> Sequences:
+    """Every row a sequence of its own, or every two rows of a pair.
 
     Args:
         rows: [n] which rows, in order.
         lengths: [n] their tokens.
+        wide: rows of a sequence; n is a multiple of it.
     """
-    return Sequences(numpy.arange(len(rows) + 1), rows, numpy.zeros(len(rows), numpy.int64), lengths)
+    return Sequences(numpy.arange(0, len(rows) + 1, wide), rows, numpy.zeros(len(rows), numpy.int64), lengths)
 
 
 def pack(rows: Integers, lengths: Integers, capacity: int) -> Sequences:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from registry.errors import InputError, Problem
-from tasks.canonical import Row, read_table, to_rows, write_table
+from tasks.canonical import MARKS, Row, mark_field, read_table, to_rows, write_table
 from tasks.chunks import Chunk, ChunkCache, Made, link
 from tasks.fetch import FILES, file_names
 from tasks.fingerprint import fingerprint
@@ -33,7 +33,7 @@ from tasks.workers import make_chunks
 if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
     from registry.records import DataSettings
 
-VERSION = 2  # typed control tokens, choices of what is trained, rows in chunks of their own
+VERSION = 3  # margins of pairs and marks of answers go with their texts
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "vocab*", "merges*")
 SCHEMA = pa.schema(
     [
@@ -222,7 +222,8 @@ class ChunkRenderer:
     def __call__(self, task: dict[str, Any], payload: bytes, target: Path) -> dict[str, Any]:
         rows = to_rows(read_table(Path(task["input"])), self.renderer.shape)
         texts: list[RenderedText] = []
-        places: list[tuple[int, int]] = []
+        places: list[tuple[Any, ...]] = []
+        mark = MARKS.get(self.renderer.shape)
         refused, lost = [], Counter[str]()
         for row, result in zip(rows, self.renderer.render_all(rows), strict=True):
             if isinstance(result, BadRow):
@@ -230,22 +231,25 @@ class ChunkRenderer:
                 refused.append([row["row"], row["line"], result.reason, result.detail, text])
                 continue
             texts += result
-            places += [(row["row"], row["line"])] * len(result)
+            places += [(row["row"], row["line"], row[mark] if mark else None)] * len(result)
             if any(text.lost for text in result):
                 lost.update({name for text in result for name in text.lost})
-        write_table(target, _table(texts, places))
+        write_table(target, _table(texts, places, self.renderer.shape))
         return {"read": len(rows), "rows": len(rows) - len(refused), "left_out": refused, "lost": dict(lost)}
 
 
-def _table(texts: list[RenderedText], places: list[tuple[int, int]]) -> pa.Table:
+def _table(texts: list[RenderedText], places: list[tuple[Any, ...]], shape: str) -> pa.Table:
+    """Texts with their rows' numbers, lines and marks."""
     columns = [
         pa.array([text.text for text in texts], pa.string()),
         pa.array([text.spans for text in texts], pa.list_(pa.int32())),
         pa.array([text.typed for text in texts], pa.list_(pa.int32())),
-        pa.array([row for row, _ in places], pa.int64()),
-        pa.array([line for _, line in places], pa.int32()),
+        pa.array([row for row, _, _ in places], pa.int64()),
+        pa.array([line for _, line, _ in places], pa.int32()),
     ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+    fields = mark_field(shape)
+    columns += [pa.array([mark for _, _, mark in places], field.type) for field in fields]
+    return pa.Table.from_arrays(columns, schema=pa.schema([*SCHEMA, *fields]))
 
 
 def render(work: Work) -> dict[str, Any]:

@@ -16,17 +16,25 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tasks.canonical import MARKS, mark_field
 from tasks.fingerprint import fingerprint
 from tasks.packing import Sequences
 
 IGNORED = -100  # the label of a token that is not trained
 INDEX = "sequences.arrow"
-SHARD_SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("row", pa.int64()), ("line", pa.int32())]
-)
+SHARD_FIELDS = [
+    *(("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))),
+    *(("row", pa.int64()), ("line", pa.int32())),
+]
+DATASETS_TYPES = {pa.int32(): "int32", pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool"}
 INDEX_SCHEMA = pa.schema(
     [("rows", pa.list_(pa.int64())), ("starts", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32()))]
 )
+
+
+def shard_schema(shape: str) -> pa.Schema:
+    """The columns of a shard of rows of a shape."""
+    return pa.schema([*SHARD_FIELDS, *mark_field(shape)])
 
 
 class Sequence(NamedTuple):
@@ -50,6 +58,8 @@ class _Shard:
         self.offsets: NDArray[numpy.int32] = ids.offsets.to_numpy()
         self.input_ids: NDArray[numpy.int32] = ids.values.to_numpy()
         self.labels: NDArray[numpy.int32] = labels.values.to_numpy()
+        named = next((name for name in MARKS.values() if name in table.column_names), None)
+        self.marks = table[named].chunk(0) if named else None
 
 
 class TokenizedRows:
@@ -72,6 +82,12 @@ class TokenizedRows:
         """[rows] tokens of each row."""
         sizes = [numpy.diff(shard.offsets) for shard in self.shards]
         return numpy.concatenate([numpy.zeros(0, numpy.int64), *sizes])
+
+    def mark(self, row: int) -> Any:
+        """What else is known of a row: the margin of its pair or whether its answer is good; None: nothing."""
+        number = int(numpy.searchsorted(self.first, row, side="right")) - 1
+        marks = self.shards[number].marks
+        return marks[int(row - self.first[number])].as_py() if marks is not None else None
 
     def piece(self, row: int, start: int, length: int) -> tuple[NDArray[numpy.int32], NDArray[numpy.int32]]:
         """Ids and labels of part of a row."""
@@ -131,17 +147,19 @@ def write_index(output: Path, sequences: Sequences) -> None:
         writer.write_batch(batch)
 
 
-def describe_shards(output: Path, names: SequenceOf[str], digests: SequenceOf[str]) -> None:
+def describe_shards(output: Path, names: SequenceOf[str], digests: SequenceOf[str], shape: str = "chat") -> None:
     """The two files by which `datasets` knows a saved data set.
 
     Args:
         output: the artifact's folder.
         names, digests: of the shards, in order.
+        shape: of their rows.
     """
-    features: dict[str, Any] = {
-        name: {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"} for name in ("input_ids", "labels")
-    }
-    features |= {"row": {"dtype": "int64", "_type": "Value"}, "line": {"dtype": "int32", "_type": "Value"}}
+    features: dict[str, Any] = {}
+    for field in shard_schema(shape):
+        nested = pa.types.is_list(field.type)
+        value = {"dtype": DATASETS_TYPES[field.type.value_type if nested else field.type], "_type": "Value"}
+        features[field.name] = {"feature": value, "_type": "List"} if nested else value
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": fingerprint(list(digests))[:16],

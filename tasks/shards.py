@@ -15,7 +15,7 @@ import numpy
 import pyarrow as pa
 
 from registry.errors import InputError, Problem
-from tasks.canonical import read_table
+from tasks.canonical import MARKS, read_table
 from tasks.chunks import Chunk, ChunkCache, Made, link
 from tasks.fetch import file_names
 from tasks.fingerprint import fingerprint
@@ -26,7 +26,7 @@ from tasks.program import ProgramError
 from tasks.reading import BadRow, place
 from tasks.rejects import SHOWN, Rejects
 from tasks.render import TOKENIZER_FILES, rendered_chunks
-from tasks.sequences import SHARD_SCHEMA, TokenizedRows, describe_shards, write_index
+from tasks.sequences import TokenizedRows, describe_shards, shard_schema, write_index
 from tasks.statistics import STATISTICS, describe_lengths
 from tasks.steps import Input, Step, Work
 from tasks.tokens import FASTOKENS, NOT_FAST, TOKENIZERS, Text, TextEncoder, TokenBatch, with_end
@@ -35,7 +35,7 @@ from tasks.workers import make_chunks
 if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
     from registry.records import DataSettings
 
-VERSION = 2  # rows in chunks of their own, sequences as an index over them; a cut row keeps its terminator
+VERSION = 3  # a pair is one sequence; margins of pairs and marks of answers go with their tokens
 TOO_LONG, NOT_TRAINED = "too_long", "no_trained_tokens"
 ORIGINS = "origins.json"  # of each shard: numbers of the data set and of its file
 CHECKED_ROWS = 8  # of every chunk, encoded by both libraries: one row that differs, and the fast one is not used
@@ -147,7 +147,8 @@ class ChunkTokenizer:
     def __init__(self, settings: dict[str, Any]) -> None:
         base = Path(settings["base"])
         self.fitter = RowFitter.make(settings["identity"], base, settings["meta"], settings["library"])
-        self.width = 2 if settings["meta"]["shape"] == "preference" else 1
+        self.shape = settings["meta"]["shape"]
+        self.width = width(self.shape)
 
     def __call__(self, task: dict[str, Any], payload: bytes, target: Path) -> dict[str, Any]:
         table = read_table(Path(task["input"]))
@@ -165,7 +166,9 @@ class ChunkTokenizer:
                 kept[first : first + self.width] = False
                 left_out.append([rows[first], lines[first], bad.reason, bad.detail])
         batch = batch.select(kept)
-        write_shard(target, batch, numpy.array(rows, numpy.int64)[kept], numpy.array(lines, numpy.int32)[kept])
+        place_of = numpy.array(rows, numpy.int64)[kept], numpy.array(lines, numpy.int32)[kept]
+        marks = table[MARKS[self.shape]].combine_chunks().filter(pa.array(kept)) if self.shape in MARKS else None
+        write_shard(target, batch, *place_of, self.shape, marks)
         return {
             "read": len(texts),
             "rows": int(kept.sum()),
@@ -182,12 +185,21 @@ def texts_of(table: pa.Table) -> list[Text]:
     return [Text(*values) for values in zip(*columns, strict=True)]
 
 
-def write_shard(path: Path, batch: TokenBatch, rows: Any, lines: Any) -> None:
-    """Write rows as a shard."""
+def width(shape: str) -> int:
+    """Texts of one row, which follow each other: two of a pair, the preferred one first."""
+    return 2 if shape == "preference" else 1
+
+
+def write_shard(
+    path: Path, batch: TokenBatch, rows: Any, lines: Any, shape: str = "chat", marks: pa.Array | None = None
+) -> None:
+    """Write texts as a shard: their tokens, where they come from, and their marks (see `canonical.MARKS`)."""
     offsets = pa.array(batch.offsets, pa.int32())
     lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (batch.ids, batch.labels())]
-    record = pa.RecordBatch.from_arrays([*lists, pa.array(rows), pa.array(lines)], schema=SHARD_SCHEMA)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SHARD_SCHEMA) as writer:
+    schema = shard_schema(shape)
+    columns = [*lists, pa.array(rows), pa.array(lines), *([] if marks is None else [marks])]
+    record = pa.RecordBatch.from_arrays(columns, schema=schema)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(record)
 
 
@@ -291,12 +303,13 @@ def _collect(
     for name, shard in zip(names, made, strict=True):
         link(shard, work.output / name)
         work.known[name] = (shard.size, shard.sha256)
-    describe_shards(work.output, names, [shard.sha256 for shard in made])
+    describe_shards(work.output, names, [shard.sha256 for shard in made], meta["shape"])
     entries = [{name: chunk[name] for name in ("source", "file")} for chunk, _ in filled]
     (work.output / ORIGINS).write_text(json.dumps(entries), encoding="utf-8")
     tokenized = TokenizedRows(work.output)
     lengths = tokenized.lengths()
-    sequences = _sequences(work.identity, lengths, _order(work, tokenized, entries))
+    wide = width(meta["shape"])
+    sequences = _sequences(work.identity, lengths, _order(work, tokenized, entries, wide), wide)
     write_index(work.output, sequences)
     count = len(sequences.offsets) - 1
     statistics = {
@@ -313,20 +326,21 @@ def _collect(
     return {name: value for name, value in statistics.items() if name != "histogram"}
 
 
-def _order(work: Work, tokenized: TokenizedRows, entries: list[dict[str, Any]]) -> Any:
-    """[rows of an epoch] which rows are seen, in order."""
+def _order(work: Work, tokenized: TokenizedRows, entries: list[dict[str, Any]], wide: int) -> Any:
+    """[texts of an epoch] which texts are seen, in order; the two of a pair stay together."""
     mixture = work.identity.get("mixture")
     if mixture is None:
         return numpy.arange(len(tokenized))
-    counts = numpy.diff(tokenized.first)
+    counts = numpy.diff(tokenized.first) // wide
     sources = numpy.repeat([entry["source"] for entry in entries], counts)
-    return mixed([numpy.flatnonzero(sources == number) for number in range(len(mixture["repeats"]))], mixture)
+    seen = mixed([numpy.flatnonzero(sources == number) for number in range(len(mixture["repeats"]))], mixture)
+    return (seen[:, None] * wide + numpy.arange(wide)).reshape(-1)
 
 
-def _sequences(identity: dict[str, Any], lengths: Any, rows: Any) -> Sequences:
+def _sequences(identity: dict[str, Any], lengths: Any, rows: Any, wide: int) -> Sequences:
     lengths = lengths[rows]
     if identity["overlong"] == "split":
         return (blocks if identity["packing"] else cut_apart)(rows, lengths, identity["cutoff_len"])
     if identity["packing"]:
         return pack(rows, lengths, identity["cutoff_len"])
-    return one_by_one(rows, lengths)
+    return one_by_one(rows, lengths, wide)

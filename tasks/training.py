@@ -20,19 +20,27 @@ SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
 def train_step(
-    label: str, base: Input, base_name: str, shards: Step, adapter: Input | None, settings: StageSettings
+    label: str,
+    base_name: str,
+    base: Input,
+    shards: Step,
+    settings: StageSettings,
+    reference: Input | None = None,
+    adapter: Input | None = None,
 ) -> Step:
     """The step that trains.
 
     Args:
         label: its name for people.
-        base: the model to start from.
         base_name: the base's registry name, hub id or folder name, for the adapter's card.
+        base: the model to start from.
         shards: the tokenize step of the training rows.
-        adapter: a LoRA adapter to continue from.
         settings: of the stage.
+        reference: the model to stay close to; None: the one that is started from.
+        adapter: a LoRA adapter to continue from.
     """
     inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
+    inputs |= {"reference": Input(reference.source, BASE_FILES)} if reference else {}
     return Step(
         stage=settings.name,
         name="train",

@@ -79,15 +79,21 @@ def tiny_model(folder: Path, seed: int = 0, dtype: str = "float32", **config: An
     return folder
 
 
-def write_shards(folder: Path, rows: Sequence[dict[str, list[int]]]) -> Path:
+def write_shards(
+    folder: Path, rows: Sequence[dict[str, list[int]]], shape: str = "chat", marks: Sequence[Any] | None = None
+) -> Path:
     """Save rows as a tokenize artifact; one with `seq_lengths` is a sequence of so many rows.
 
     Args:
         folder: where to.
         rows: `input_ids`, `labels` and perhaps `seq_lengths` each.
+        shape: of the rows.
+        marks: of each text, for the shapes that have them.
     """
     import numpy
+    import pyarrow
 
+    from tasks.canonical import mark_field
     from tasks.packing import Sequences
     from tasks.sequences import describe_shards, write_index
     from tasks.shards import write_shard
@@ -102,8 +108,10 @@ def write_shards(folder: Path, rows: Sequence[dict[str, list[int]]]) -> Path:
     assert ids[labels != -100].tolist() == labels[labels != -100].tolist()  # a label is the token itself
     zeros = numpy.zeros(len(lengths), numpy.int64)
     if len(lengths):
-        write_shard(folder / SHARD, TokenBatch(ids, labels != -100, offsets), zeros, zeros.astype(numpy.int32))
-    describe_shards(folder, [SHARD] if len(lengths) else [], [])
+        batch = TokenBatch(ids, labels != -100, offsets)
+        wanted = [pyarrow.array(marks or [None] * len(lengths), kind.type) for kind in mark_field(shape)]
+        write_shard(folder / SHARD, batch, zeros, zeros.astype(numpy.int32), shape, *wanted)
+    describe_shards(folder, [SHARD] if len(lengths) else [], [], shape)
     parts = numpy.cumsum([0, *map(len, counts)]).astype(numpy.int64)
     write_index(folder, Sequences(parts, numpy.arange(len(lengths)), zeros, lengths))
     return folder
@@ -119,6 +127,22 @@ def random_rows(count: int, seed: int = 0, shortest: int = 4, longest: int = 24)
         ids = [int(token) for token in random.integers(0, 256, random.integers(shortest, longest + 1))]
         rows.append({"input_ids": ids, "labels": [-100] * (len(ids) // 3) + ids[len(ids) // 3 :]})
     return rows
+
+
+def random_pairs(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Pairs of answers to one prompt, as sequences of two pieces; answers end with token 260."""
+    import numpy
+
+    random = numpy.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        prompt = [int(token) for token in random.integers(0, 256, random.integers(2, 6))]
+        texts = []
+        for _ in ("chosen", "rejected"):
+            answer = [*(int(token) for token in random.integers(0, 256, random.integers(1, 9))), 260]
+            texts.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        pairs.append(pack_rows(texts))
+    return pairs
 
 
 def pack_rows(rows: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:

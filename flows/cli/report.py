@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.graph import BASE, Pipeline
+from flows.graph import Pipeline
 from flows.session import results_of
 from flows.view import duration
 from registry.home import Home
@@ -31,31 +31,28 @@ def print_report(console: Console, pipeline: Pipeline, outcomes: dict[str, Outco
 
 
 def _answers(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
-    columns = {BASE: pipeline.base_evaluated} | {name: stage.evaluated for name, stage in pipeline.stages.items()}
     answers = {
-        name: read_answers(outcomes[step.title].artifact.path)
-        for name, step in columns.items()
-        if step and step.title in outcomes
+        name: found
+        for name, step in pipeline.evaluations().items()
+        if step.title in outcomes and (found := read_answers(outcomes[step.title].artifact.path))
     }
+    first = next(iter(pipeline.befores), None)  # what the others start from says the same as the stage that made it
+    shown = [name for name in answers if name == first or name not in pipeline.befores]
     for index, question in enumerate(pipeline.recipe.evaluation.questions if answers else ()):
         console.print(Text(f"Q  {question}", style="bold"))
-        for name, found in answers.items():
-            style = "dim" if name == BASE else "green"
-            console.print(
-                Text(
-                    f"   {'before' if name == BASE else f'after {name}'}: {found[index]['answer'].strip()}", style=style
-                )
-            )
+        for name in shown:
+            what, style = ("before", "dim") if name == first else (f"after {name}", "green")
+            console.print(Text(f"   {what}: {answers[name][index]['answer'].strip()}", style=style))
         console.print()
 
 
 def _results(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
     results = results_of(pipeline, {title: outcome.artifact for title, outcome in outcomes.items()})
     for stage, values in results.items():
+        if stage in pipeline.befores:
+            continue
         for metric, value in values.items():
-            before = results.get(BASE, {}).get(metric)
-            if stage == BASE:
-                continue
+            before = results.get(pipeline.stages[stage].before or "", {}).get(metric)
             if before is not None:
                 change = f"{before:.2f} before, {value:.2f} after ({(value - before) / before:+.0%})"
             else:

@@ -10,8 +10,8 @@ Legend: b batch, s sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,14 @@ class Rows(Dataset[dict[str, Any]]):
     Args:
         folder: the artifact, see `tasks.sequences`.
         vocabulary: number of token ids of the model.
+        pieces: texts of a sequence that keeps a process busy: two where pairs are compared.
 
     Raises:
         ProgramError: `bad_setting` when there are no rows, or a row does not fit the model.
     """
 
-    def __init__(self, folder: str, vocabulary: int) -> None:
+    def __init__(self, folder: str, vocabulary: int, pieces: int = 1) -> None:
+        self.pieces = pieces
         self.data = TokenizedSequences(Path(folder))
         if len(self.data) == 0:
             raise ProgramError("bad_setting", NO_ROWS)
@@ -122,8 +124,9 @@ class Rows(Dataset[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sequence, as `input_ids`, `labels` and `seq_lengths`, int64 each; `row` its number; `mark` of its row."""
         if index == FILLER:
-            return {"row": FILLER, "input_ids": [0], "labels": [IGNORED], "seq_lengths": [1]}
+            return filler(self.pieces)
         found = self.data[index]
         row = {name: numpy.asarray(value, dtype=numpy.int64) for name, value in found._asdict().items()}
         highest = int(max(row["input_ids"].max(), row["labels"].max()))
@@ -133,7 +136,13 @@ class Rows(Dataset[dict[str, Any]]):
                 f"row {index} holds token id {highest}, the model has {self.vocabulary}: "
                 "the shards were made with another tokenizer",
             )
-        return row | {"row": index}
+        return row | {"row": index, "mark": self.data.rows.mark(self.data.rows_of(index)[0])}
+
+
+def filler(pieces: int = 1) -> dict[str, Any]:
+    """What keeps a process busy when a step has fewer rows than micro-batches: nothing of it is trained or counted."""
+    zeros = numpy.zeros(pieces, numpy.int64)
+    return {"row": FILLER, "input_ids": zeros, "labels": zeros + IGNORED, "seq_lengths": zeros + 1}
 
 
 @dataclass(frozen=True)
@@ -141,9 +150,11 @@ class Batch:
     """One forward pass: what the model gets, and what was in it."""
 
     inputs: dict[str, Any]
-    """Arguments of the model's forward, `labels` included."""
+    """Arguments of the model's forward, `labels` included, and what else the stage's objective reads."""
     tokens: int
     """Tokens of real rows, pads not counted."""
+    rows: list[int] = field(default_factory=list)
+    """Numbers of the sequences in it."""
 
 
 def collate(rows: list[dict[str, Any]], packing: bool) -> Batch:
@@ -189,24 +200,12 @@ def collate(rows: list[dict[str, Any]], packing: bool) -> Batch:
             start += part
     inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
     inputs |= {"position_ids": positions} if packing else {"attention_mask": mask}
-    return Batch(inputs, sum(len(row["input_ids"]) for row in rows if row.get("row") != FILLER))
+    real = [row for row in rows if row.get("row") != FILLER]
+    return Batch(inputs, sum(len(row["input_ids"]) for row in real), [row.get("row", FILLER) for row in real])
 
 
-class _Collate:
-    """`collate` with its second argument filled in, so that worker processes can get it."""
-
-    def __init__(self, packing: bool) -> None:
-        self.packing = packing
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        return collate(rows, self.packing)
-
-
-def make_loader(rows: Rows, sampler: MicroBatchSampler, packing: bool) -> DataLoader[Any]:
+def make_loader(
+    rows: Dataset[Any], sampler: MicroBatchSampler, collate_rows: Callable[[Any], Batch]
+) -> DataLoader[Any]:
     """The loader of one process. It draws from a generator of its own, never from the global one dropout uses."""
-    return DataLoader(
-        rows,
-        batch_sampler=sampler,
-        collate_fn=_Collate(packing),
-        generator=torch.Generator(),
-    )
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate_rows, generator=torch.Generator())

@@ -18,11 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tasks.digests import sync
 from tasks.program import Events, ProgramError
-from tasks.train.batches import BatchPlan, MicroBatchSampler
 from tasks.train.checkpoints import mark_whole, rotate
-from tasks.train.trainer import StepCounts
+from tasks.train.trainer import TokenTrainer
 
-SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch")
+COUNTED = ("step", "tokens", "trained_tokens")  # of a line: what is no value of its own
 
 
 class StepLines:
@@ -81,10 +80,8 @@ def logged(lines: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
 class StepWatcher(TrainerCallback):
     """Records every step, tells the task about it, and ends the run on a loss or gradient that is not finite."""
 
-    def __init__(
-        self, events: Events, lines: StepLines, counts: StepCounts, sampler: MicroBatchSampler, every: int
-    ) -> None:
-        self.events, self.lines, self.counts, self.sampler, self.every = events, lines, counts, sampler, every
+    def __init__(self, events: Events, lines: StepLines, trainer: TokenTrainer, every: int) -> None:
+        self.events, self.lines, self.trainer, self.every = events, lines, trainer, every
         self.clock = time.perf_counter()
 
     def repeat(self) -> None:
@@ -94,12 +91,12 @@ class StepWatcher(TrainerCallback):
                 self._metrics(line)
 
     def _metrics(self, line: dict[str, Any]) -> None:
-        self.events.emit("metrics", step=line["step"], values={name: line[name] for name in SHOWN})
+        values = {name: value for name, value in line.items() if name not in COUNTED}
+        self.events.emit("metrics", step=line["step"], values=values)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Choose the order of the epoch that begins, or that a resumed run is in."""
-        plan: BatchPlan = self.sampler.plan
-        self.sampler.set_epoch(state.global_step // plan.steps_per_epoch())
+        self.trainer.set_epoch(state.global_step // self.trainer.sampler.plan.steps_per_epoch())
         self.clock = time.perf_counter()
 
     def on_log(
@@ -114,7 +111,8 @@ class StepWatcher(TrainerCallback):
         state.log_history.clear()  # our lines are the record; this copy would go into every checkpoint
         if not logs or "loss" not in logs:
             return
-        require_finite_step(state.global_step, logs)
+        counts = self.trainer.counts
+        require_finite_step(state.global_step, logs, counts.rows)
         if args.process_index > 0:
             return
         now = time.perf_counter()
@@ -125,9 +123,10 @@ class StepWatcher(TrainerCallback):
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs["grad_norm"],
-            "tokens": before["tokens"] + self.counts.tokens,
-            "trained_tokens": before["trained_tokens"] + self.counts.trained,
-            "tokens_per_second": round(self.counts.tokens / max(now - self.clock, 1e-9), 2),
+            "tokens": before["tokens"] + counts.tokens,
+            "trained_tokens": before["trained_tokens"] + counts.trained,
+            "tokens_per_second": round(counts.tokens / max(now - self.clock, 1e-9), 2),
+            **counts.metrics,
         }
         self.clock = now
         self.lines.add(line)
@@ -160,8 +159,13 @@ class CheckpointKeeper(TrainerCallback):
             rotate(self.root, self.keep, args.world_size)
 
 
-def require_finite_step(step: int, logs: dict[str, float]) -> None:
+def require_finite_step(step: int, logs: dict[str, float], rows: Sequence[int] = ()) -> None:
     """End the run when a step's loss or gradient norm is not a number; the same on every process.
+
+    Args:
+        step: number of the step.
+        logs: what Trainer logged of it.
+        rows: sequences that this process had in it.
 
     Raises:
         ProgramError: `not_finite`.
@@ -172,5 +176,5 @@ def require_finite_step(step: int, logs: dict[str, float]) -> None:
                 "not_finite",
                 f"{words} is not finite at step {step}: {logs[name]} at learning rate "
                 f"{logs['learning_rate']:g}. Lower learning_rate, raise warmup_ratio or lower max_grad_norm; "
-                "if it happens at the first step, look at the rows.",
+                f"if it happens at the first step, look at its sequences: {', '.join(map(str, rows))}.",
             )

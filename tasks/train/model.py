@@ -16,24 +16,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from registry.combinations import WITH_REFERENCE
 from registry.errors import did_you_mean
 from tasks.program import ProgramError
+from tasks.train.reference import Reference, keep_adapter, without_dropout
+from tasks.train.reward import SCORE_HEAD, load_scoring
 
 BASE_RECORD = "base.json"  # beside every adapter and model: the digest of the base weights it was made on
 SEPARATING_ATTENTION = ("sdpa", "eager")  # those that keep packed rows apart by position ids also in batches of packs
 ALL = "all"
 
 
-def load_base(folder: str, dtype: torch.dtype) -> Any:
-    """Load a causal language model from a local folder; safetensors only, no code from the folder is run.
+def load_base(folder: str, dtype: torch.dtype, score: bool = False) -> Any:
+    """Load a model from a local folder; safetensors only, no code from the folder is run.
 
     Args:
         folder: config.json and *.safetensors.
         dtype: what the weights are held in, whatever they were saved in.
+        score: with a head that gives one score, instead of the language model's.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    if score:
+        model = load_scoring(folder, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     implementation = model.config._attn_implementation
     if implementation not in SEPARATING_ATTENTION:
         model.set_attn_implementation("eager")
@@ -66,7 +73,7 @@ def linear_modules(model: Any) -> dict[str, str]:
     """Full name → last part of the name, of every linear module but the output head."""
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, SCORE_HEAD, None) or model.get_output_embeddings()
     return {
         name: name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -103,7 +110,9 @@ def add_lora(model: Any, settings: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS"
+        if settings["stage"] == "rm"
+        else "CAUSAL_LM",  # SEQ_CLS trains and saves the score head too
         r=settings["lora_rank"],
         lora_alpha=settings["lora_alpha"],
         lora_dropout=settings["lora_dropout"],
@@ -161,12 +170,37 @@ def build_model(settings: dict[str, Any], base: str, base_digest: str, adapter: 
             f"an adapter cannot be continued with finetuning_type {settings['finetuning_type']}. "
             "Merge it first, or train with finetuning_type lora.",
         )
-    model = load_base(base, torch.bfloat16 if settings["bf16"] and lora else torch.float32)
+    score = settings["stage"] == "rm"
+    model = load_base(base, torch.bfloat16 if settings["bf16"] and lora else torch.float32, score)
+    if settings["stage"] in WITH_REFERENCE:
+        without_dropout(model)
     # Loading may draw random numbers for buffers it then overwrites; the matrices must not depend on how many.
     torch.manual_seed(settings["seed"])
     if not lora:
         return model.requires_grad_(True)
-    return continue_lora(model, adapter, settings, base_digest) if adapter else add_lora(model, settings)
+    if not adapter:
+        return add_lora(model, settings)
+    model = continue_lora(model, adapter, settings, base_digest)
+    if settings["stage"] in WITH_REFERENCE:
+        keep_adapter(model)
+    return model
+
+
+def make_reference(settings: dict[str, Any], policy: Any, base: str, other: str | None) -> Reference | None:
+    """The frozen model that a stage stays close to; None for stages and losses without one.
+
+    Args:
+        settings: `TrainSettings.identity()`.
+        policy: what `build_model` made.
+        base: folder of the base model.
+        other: folder of another model to use as the reference.
+    """
+    if settings["stage"] not in WITH_REFERENCE or settings.get("pref_loss") == "simpo":
+        return None
+    if other is None and hasattr(policy, "peft_config"):
+        return Reference(policy)
+    frozen = load_base(other or base, torch.bfloat16 if settings["bf16"] else torch.float32)
+    return Reference(policy, frozen.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @torch.no_grad()

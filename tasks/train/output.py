@@ -78,12 +78,14 @@ def save_model(model: Any, folder: Path, base: Path | None = None) -> None:
     """
     from transformers import GenerationConfig
 
-    kept = model.generation_config
-    model.generation_config = GenerationConfig()  # transformers refuses to save some published ones again
+    kept = getattr(model, "generation_config", None)  # a reward model has none
+    if kept is not None:
+        model.generation_config = GenerationConfig()  # transformers refuses to save some published ones again
     model.save_pretrained(folder)
-    model.generation_config = kept
+    if kept is not None:
+        model.generation_config = kept
     (folder / "generation_config.json").unlink(missing_ok=True)
-    if base and (base / "generation_config.json").is_file():
+    if kept is not None and base and (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
     check_saved_model(model, folder)
 

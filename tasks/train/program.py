@@ -14,15 +14,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.stages import METHODS, STAGES
 from tasks.program import Events, ProgramError, Spec, main
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from tasks.train.batches import BatchPlan
+    from tasks.train.batches import BatchPlan, Rows
+    from tasks.train.trainer import TokenTrainer
 
-STAGES = ("pt", "sft")
-METHODS = ("lora", "full")
 LINES = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
@@ -34,25 +34,24 @@ def work(spec: Spec, events: Events) -> None:
         ProgramError: `bad_setting` for what cannot be trained, `not_finite` for a run that fell apart.
     """
     settings = spec.settings["train"]
-    for name, known in (("stage", STAGES), ("finetuning_type", METHODS)):
-        if settings[name] not in known:
-            raise ProgramError("bad_setting", f"{name} {settings[name]} is not one of {', '.join(known)}")
+    STAGES.lookup(settings["stage"], "stage")
+    METHODS.lookup(settings["finetuning_type"], "finetuning_type")
     events.emit("note", text="loading libraries")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
     _determinism(settings["seed"])
     from tasks.train.batches import Rows
     from tasks.train.model import build_model, require_separation
-    from tasks.train.trainer import TokenTrainer
 
     events.emit("note", text="loading model")
     model = build_model(settings, spec.inputs["base"], spec.settings["base_digest"], spec.inputs.get("adapter"))
-    rows = Rows(spec.inputs["shards"], model.get_input_embeddings().num_embeddings)
+    pieces = 2 if STAGES[settings["stage"]].shape == "preference" else 1
+    rows = Rows(spec.inputs["shards"], model.get_input_embeddings().num_embeddings, pieces)
     if spec.settings["packing"]:
         require_separation(model)
     plan = _plan(settings, len(rows))
     total = plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
     use_cache = model.config.use_cache
-    trainer = TokenTrainer(model, _arguments(spec, total), rows, plan, spec.settings["packing"])
+    trainer = _trainer(spec, model, rows, plan, total)
     if trainer.args.process_index == 0:
         print(plan.sentence(total), flush=True)
     events.emit("note", text=plan.sentence(total))
@@ -64,6 +63,29 @@ def work(spec: Spec, events: Events) -> None:
         import torch.distributed
 
         torch.distributed.destroy_process_group()
+
+
+def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int) -> TokenTrainer:
+    """The trainer with the objective of the stage, its reference and its batches."""
+    from functools import partial
+
+    from tasks.train.batches import collate
+    from tasks.train.compared import MarkedRows
+    from tasks.train.model import make_reference
+    from tasks.train.objectives import COLLATES, make_objective
+    from tasks.train.trainer import TokenTrainer
+
+    settings = spec.settings["train"]
+    stage = settings["stage"]
+    reference = make_reference(settings, model, spec.inputs["base"], spec.inputs.get("reference"))
+    return TokenTrainer(
+        model,
+        _arguments(spec, total),
+        MarkedRows(rows, plan) if stage == "kto" else rows,
+        plan,
+        make_objective(settings, reference),
+        COLLATES.get(stage) or partial(collate, packing=spec.settings["packing"]),
+    )
 
 
 def warmup_steps(total: int, ratio: float) -> int:
@@ -155,7 +177,7 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     if step:
         events.emit("note", text=f"resumed from step {step}")
     lines = StepLines(Path(spec.scratch) / LINES if first else None, step)
-    watcher = StepWatcher(events, lines, trainer.counts, trainer.sampler, spec.runtime["logging_steps"])
+    watcher = StepWatcher(events, lines, trainer, spec.runtime["logging_steps"])
     watcher.repeat()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines))

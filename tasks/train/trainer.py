@@ -1,99 +1,95 @@
-"""transformers' Trainer, with our batches and our loss.
+"""transformers' Trainer, with our batches and our losses.
 
-One decision: logits are made only where a label is trained, by handing the model's own forward a mask of positions
-(`logits_to_keep`). The call still goes through every wrapper (PEFT, DistributedDataParallel), so their hooks run.
-
-Legend: b batch, s sequence, n trained positions, v vocabulary.
+One decision: what a step's loss is divided by is counted over the whole step and all processes before its first forward
+pass, so the loss is that of the global batch, however it is split.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from tasks.train.batches import IGNORED, Batch, BatchPlan, MicroBatchSampler, Rows, make_loader
+from tasks.train.batches import Batch, BatchPlan, MicroBatchSampler, make_loader
+from tasks.train.objectives import Objective, Sums, trained_tokens
 
 
 @dataclass
 class StepCounts:
-    """Tokens of the current optimizer step, over all processes."""
+    """What the current optimizer step holds, over all processes."""
 
     tokens: int = 0
     trained: int = 0
-
-
-def token_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Sum of the negative log likelihood over the trained tokens of one forward pass.
-
-    Position i predicts the token at i + 1. Logits are (n, v) instead of (b, s, v): with half of the labels trained that
-    is half of the memory and time of the output head, the largest matrix product of a small model. The cross entropy
-    is computed in float32.
-
-    Args:
-        model: the model, wrapped or not.
-        inputs: what `batches.collate` makes, on the model's device.
-
-    Returns:
-        float32 scalar; 0 with a gradient of zeros when no label is trained.
-    """
-    arguments = dict(inputs)
-    following = arguments.pop("labels")[:, 1:]
-    kept = torch.zeros_like(arguments["input_ids"], dtype=torch.bool)
-    kept[:, :-1] = following != IGNORED
-    if keeps_masked_positions(model):
-        logits = model(**arguments, logits_to_keep=kept).logits
-    else:
-        logits = model(**arguments).logits[kept]
-    return cross_entropy(logits.float(), following[following != IGNORED], reduction="sum")
-
-
-def keeps_masked_positions(model: Any) -> bool:
-    """Whether the model's forward takes a (b, s) bool `logits_to_keep`: it does where transformers' helper is used."""
-    inner = model
-    while hasattr(inner, "module"):  # DistributedDataParallel
-        inner = inner.module
-    if hasattr(inner, "get_base_model"):  # PEFT
-        inner = inner.get_base_model()
-    return hasattr(sys.modules[type(inner).__module__], "slice_logits_to_keep")
+    units: dict[str, int] = field(default_factory=dict)
+    """What losses and metrics are divided by: tokens, pairs, answers."""
+    rows: list[int] = field(default_factory=list)
+    """Sequences of this process in the step."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Means of the step that was made last."""
 
 
 class TokenTrainer(Trainer):
-    """Trainer whose loss is the sum over trained tokens / number of trained tokens in the global batch."""
+    """Trainer whose loss is that of the global batch.
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+    Args:
+        model: to train.
+        args: Trainer's own.
+        rows: the sequences, by number.
+        plan: which of them make up a step.
+        objective: what is minimised.
+        collate_rows: rows to a batch.
+    """
 
-    def __init__(self, model: Any, args: TrainingArguments, rows: Rows, plan: BatchPlan, packing: bool) -> None:
+    loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        rows: Dataset[Any],
+        plan: BatchPlan,
+        objective: Objective,
+        collate_rows: Callable[[Any], Batch],
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows)
         self.sampler = MicroBatchSampler(plan, args.process_index)
-        self.rows = rows
-        self.packing = packing
+        self.rows, self.collate_rows = rows, collate_rows
+        self.objective: Objective = objective
         self.counts = StepCounts()
+        self._left = 0
+        self._sums: dict[str, tuple[str, torch.Tensor]] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of this epoch, counted from 0."""
+        self.sampler.set_epoch(epoch)
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our loader as it is: the plan has already dealt the rows out to processes."""
-        return make_loader(self.rows, self.sampler, self.packing)
+        return make_loader(self.rows, self.sampler, self.collate_rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        """The micro-batches of one step, and how many tokens of the step are trained, over all processes."""
+        """The micro-batches of one step; what they hold is counted, over all processes."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        trained = sum(int((batch.inputs["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-        counts = torch.tensor([[trained, sum(batch.tokens for batch in batches)]], device=device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts)
-        trained, tokens = counts.sum(dim=0).tolist()
-        self.counts.trained, self.counts.tokens = trained, tokens
-        # A step in which nothing is trained moves nothing: dividing its loss of 0 by 1 keeps it out of the way.
-        return [batch.inputs for batch in batches], torch.tensor(max(trained, 1), device=device)
+        found = [self.objective.counts(batch) for batch in batches]
+        names = sorted(found[0])
+        numbers = [sum(counts[name] for counts in found) for name in names]
+        numbers += [sum(batch.tokens for batch in batches), sum(trained_tokens(batch) for batch in batches)]
+        *units, tokens, trained = self._gather(torch.tensor([numbers], device=device)).sum(dim=0).tolist()
+        rows = [row for batch in batches for row in batch.rows]
+        self.counts = StepCounts(tokens, trained, dict(zip(names, units, strict=True)), rows, self.counts.metrics)
+        self._left, self._sums = num_batches, {}
+        inputs = [batch.inputs for batch in batches]
+        self.objective.prepare(self.model_wrapped, inputs, self._gather)
+        return inputs, torch.tensor(max(trained, 1), device=device)
 
     def compute_loss(
         self,
@@ -103,7 +99,28 @@ class TokenTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """This process's part of the step's loss, times the processes: DistributedDataParallel averages gradients."""
-        return token_loss(model, inputs) / max(self.counts.trained, 1) * self.args.world_size
+        sums = self.objective.sums(model, inputs)
+        self._collect(sums)
+        # a step in which nothing is trained moves nothing: dividing its loss of 0 by 1 keeps it out of the way
+        parts = [value / max(self.counts.units[unit], 1) for unit, value in sums.loss.items()]
+        return torch.stack(parts).sum() * self.args.world_size
+
+    def _collect(self, sums: Sums) -> None:
+        """Add up the metrics of a step's micro-batches; behind the last one, over all processes."""
+        for name, (unit, value) in sums.metrics.items():
+            self._sums[name] = (unit, value + self._sums[name][1] if name in self._sums else value)
+        self._left -= 1
+        if self._left == 0 and self._sums:
+            totals = self._gather(torch.stack([value.float() for _, value in self._sums.values()])[None]).sum(dim=0)
+            self.counts.metrics = {
+                name: total / self.counts.units[unit]
+                for (name, (unit, _)), total in zip(self._sums.items(), totals.tolist(), strict=True)
+                if self.counts.units[unit]
+            }
+
+    def _gather(self, value: torch.Tensor) -> torch.Tensor:
+        """One row per process."""
+        return self.accelerator.gather(value) if self.args.world_size > 1 else value
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted."""

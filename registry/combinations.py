@@ -1,0 +1,136 @@
+"""Which settings go together: one table for the validator, the keys of steps, the documentation and the tests.
+
+One decision: a setting without effect is one kind of thing (`NEEDS`), whether that is because of the stage, the method
+or another setting. It never enters a key, and whoever writes it is told. What has an effect and cannot be done is
+another (`REFUSALS`), with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SET, UNSET = ("set",), ("unset",)  # instead of a tuple of values: anything but nothing, 0, False; or just those
+Condition = Mapping[str, tuple[Any, ...]]
+COMPARING = ("rm", "dpo", "kto", "orpo")
+WITH_REFERENCE = ("dpo", "kto")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Settings that have an effect only where others have certain values."""
+
+    settings: tuple[str, ...]
+    where: Condition
+    refused: bool = True
+    """Whether writing one of them elsewhere is an error; not where configs commonly say both."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What cannot be asked for together."""
+
+    setting: str
+    """The one that is named in the error."""
+    when: Condition
+    reason: str
+    cure: str
+
+
+NEEDS: tuple[Need, ...] = (
+    Need(("lora_rank", "lora_alpha", "lora_dropout", "lora_target"), {"finetuning_type": ("lora",)}),
+    Need(("adapter_name_or_path",), {"finetuning_type": ("lora",)}),
+    Need(("num_train_epochs",), {"max_steps": UNSET}, refused=False),
+    Need(("max_steps",), {"max_steps": SET}, refused=False),
+    Need(("warmup_ratio",), {"lr_scheduler_type": ("linear", "cosine", "constant_with_warmup")}, refused=False),
+    Need(("pref_loss",), {"stage": ("dpo",)}),
+    Need(("pref_beta",), {"stage": ("dpo", "kto", "orpo")}),
+    Need(("pref_ftx",), {"stage": ("dpo", "kto")}),
+    Need(("dpo_label_smoothing",), {"stage": ("dpo",), "pref_loss": ("sigmoid", "robust", "exo_pair")}),
+    Need(("simpo_gamma",), {"stage": ("dpo",), "pref_loss": ("simpo",)}),
+    Need(("kto_chosen_weight", "kto_rejected_weight"), {"stage": ("kto",)}),
+    Need(("ref_model",), {"stage": WITH_REFERENCE}),
+)
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "packing",
+        {"packing": (True,), "stage": COMPARING},
+        "answers are compared as wholes, a packed sequence holds several",
+        "Remove packing.",
+    ),
+    Refusal(
+        "train_on_prompt",
+        {"train_on_prompt": (True,), "stage": COMPARING},
+        "two answers are compared, and both have the same prompt",
+        "Remove train_on_prompt.",
+    ),
+    Refusal(
+        "overlong",
+        {"overlong": ("truncate",), "stage": COMPARING},
+        "a cut answer would be compared with a whole one",
+        "Use overlong: drop.",
+    ),
+    Refusal(
+        "ref_model",
+        {"ref_model": SET, "stage": ("dpo",), "pref_loss": ("simpo",)},
+        "simpo has no reference model",
+        "Remove ref_model.",
+    ),
+    Refusal(
+        "pref_loss",
+        {"pref_loss": ("exo_pair",), "dpo_label_smoothing": UNSET, "stage": ("dpo",)},
+        "exo_pair takes the logarithm of dpo_label_smoothing, which is 0",
+        "Set dpo_label_smoothing: 0.001, the value of its paper (arXiv:2402.00856).",
+    ),
+)
+
+
+def holds(condition: Condition, settings: Mapping[str, Any]) -> bool:
+    """Whether every setting has one of the values a condition wants.
+
+    >>> holds({"stage": ("dpo",), "ref_model": UNSET}, {"stage": "dpo", "ref_model": None})
+    True
+    """
+    return all(_fits(wanted, settings.get(name)) for name, wanted in condition.items())
+
+
+def _fits(wanted: tuple[Any, ...], value: Any) -> bool:
+    if wanted in (SET, UNSET):
+        return bool(value) == (wanted == SET)
+    return value in wanted
+
+
+def without_effect(settings: Mapping[str, Any]) -> list[str]:
+    """The settings among the given ones that change nothing, by name."""
+    names = {name for need in NEEDS if not holds(need.where, settings) for name in need.settings}
+    return sorted(names & set(settings))
+
+
+def idle(settings: Mapping[str, Any], written: set[str]) -> Iterator[tuple[str, str, str]]:
+    """What is written and changes nothing: the setting, the rule and the cure.
+
+    Args:
+        settings: all of them, defaults filled in.
+        written: those that somebody wrote.
+    """
+    for need in NEEDS:
+        for name in need.settings if need.refused and not holds(need.where, settings) else ():
+            if name in written and settings.get(name) is not None:
+                key, values = next((k, v) for k, v in need.where.items() if not _fits(v, settings.get(k)))
+                wanted = _words(key, values)
+                yield name, f"{name} has no effect with {key} {settings.get(key)}", f"Remove it, or use {wanted}."
+
+
+def refused(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What cannot be together in a stage's settings, all of them given: the setting, the rule and the cure."""
+    for rule in REFUSALS:
+        if holds(rule.when, settings):
+            yield rule.setting, rule.reason, rule.cure
+
+
+def _words(key: str, values: tuple[Any, ...]) -> str:
+    if values in (SET, UNSET):
+        return key if values == SET else f"no {key}"
+    return f"{key}: {' or '.join(map(str, values))}"

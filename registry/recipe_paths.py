@@ -1,0 +1,68 @@
+"""Relative paths of a recipe, which hold from any working directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from glob import has_magic, iglob
+from pathlib import Path
+from typing import Any
+
+from registry.core import user_path
+from registry.data_files import kind_of
+from registry.errors import InputError
+
+PATHS = {"dataset_dir": True, "adapter_name_or_path": True, "model_name_or_path": False, "ref_model": False}
+"""Settings that are paths: always, or only when such a folder exists."""
+
+
+def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe with paths that hold from any working directory.
+
+    A relative path starts at the recipe's folder. Names of registries and hubs stay as they are: a value is a path
+    when something of that name exists there, or when it can be nothing else.
+    """
+
+    def absolute(value: Any, must: bool) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        try:
+            path = folder / user_path(value, "")
+            path = folder / user_path(str(path), "")
+        except InputError:
+            return value  # refused where it is used, with its key
+        there = must or path.exists() or (has_magic(value) and any(iglob(str(path), recursive=True)))
+        return str(path.absolute()) if there or value.startswith(("~", "./", "../")) else value
+
+    def mended_dataset(wanted: Any) -> Any:
+        if isinstance(wanted, dict):
+            places = {key: mended_dataset(wanted[key]) for key in ("dataset", "file_name") if key in wanted}
+            return wanted | places
+        if not isinstance(wanted, str) or not any(sign in wanted for sign in "/.*") or "://" in wanted:
+            return wanted
+        head, at, split = wanted.rpartition("@")  # of `rows.jsonl@train[:100]`
+        if at and kind_of(head) and not kind_of(wanted):
+            return f"{absolute(head, False)}@{split}"
+        return absolute(wanted, False)
+
+    def mended(settings: Mapping[str, Any]) -> dict[str, Any]:
+        changed = dict(settings)
+        for key, must in PATHS.items():
+            if key in changed:
+                changed[key] = absolute(changed[key], must)
+        if str(changed.get("template", "")).endswith(".jinja"):
+            changed["template"] = absolute(changed["template"], True)
+        for key in ("dataset", "eval_dataset", "perplexity"):
+            value = changed.get(key)
+            names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+            if isinstance(names, dict):
+                names = [names]
+            if isinstance(names, list):
+                changed[key] = [mended_dataset(name) for name in names]
+        return changed
+
+    whole = mended(raw)
+    if isinstance(raw.get("stages"), dict):
+        whole["stages"] = {n: mended(own) if isinstance(own, dict) else own for n, own in raw["stages"].items()}
+    if isinstance(raw.get("evaluation"), dict):
+        whole["evaluation"] = mended(raw["evaluation"])
+    return whole

@@ -1,0 +1,49 @@
+"""What every settings record is made of.
+
+One decision: validators here only read the forms people write (`a,b`, one name, -1 for nothing); what is then wrong is
+refused by the type, with the value as it was written.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def split_names(value: Any) -> Any:
+    """`a,b` as people write lists in LLaMA-Factory configs, or one name, or a list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def list_of_one(value: Any) -> Any:
+    """Data sets as people write them: as names, or one mapping without a list around it."""
+    return (value,) if isinstance(value, dict) else split_names(value)
+
+
+def split_numbers(value: Any) -> Any:
+    """`0.7,0.3` as people write shares in LLaMA-Factory configs, or one number, or a list."""
+    if not isinstance(value, str):
+        return (value,) if isinstance(value, int | float) else split_names(value)
+    try:
+        return tuple(float(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        return split_names(value)  # refused below, as it was written
+
+
+def minus_one_is_unset(value: Any) -> Any:
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+Shares = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_numbers)]
+Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+Steps = Annotated[int, Field(ge=1, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Record(BaseModel):
+    """Frozen, no unknown keys, documented fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)

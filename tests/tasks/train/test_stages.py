@@ -1,0 +1,104 @@
+"""rm, dpo, kto and orpo on a tiny model: what a step of each is worth, and what it does not depend on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from registry.records import TrainSettings
+from tasks.program import Events, ProgramError, Spec
+from tasks.train.program import work
+from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
+
+torch.set_num_threads(1)
+ROWS = 6
+LN2 = math.log(2)
+GOLDEN: dict[tuple[str, str], list[float]] = {}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("stages") / "base")
+
+
+def shards(folder: Path, stage: str, rows: int = ROWS) -> Path:
+    if folder.exists():
+        return folder
+    if stage == "kto":
+        return write_shards(folder, random_rows(rows), "labelled", [number % 3 != 0 for number in range(rows)])
+    return write_shards(folder, random_pairs(rows), "preference")
+
+
+def train(folder: Path, base: Path, stage: str, **fields: Any) -> list[dict[str, Any]]:
+    """Train a few steps; the line of every step."""
+    inputs = {"base": base, "shards": shards(folder.parent / f"shards-{stage}", stage)}
+    inputs |= {name: fields.pop(name) for name in ("adapter", "reference") if name in fields}
+    settings = {"stage": stage, "learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 2} | fields
+    spec = write_spec(
+        folder,
+        {"train": TrainSettings(**settings).identity(), "packing": False, "base_digest": "base-0"},
+        inputs,
+        {"logging_steps": 1, "save_steps": 100, "save_total_limit": 2, "base_name": "tiny"},
+    )
+    work(Spec.read(spec), Events(folder / "events.jsonl"))
+    return read_lines(folder / "scratch" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_before_the_first_step_the_policy_is_its_reference(base: Path, tmp_path: Path, method: str) -> None:
+    first = train(tmp_path / "run", base, "dpo", finetuning_type=method)[0]
+    assert first["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert first["rewards/margins"] == first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+    assert first["rewards/accuracies"] == 0.0  # equal is not right
+
+
+def test_an_adapter_that_is_continued_is_its_own_reference(base: Path, tmp_path: Path) -> None:
+    train(tmp_path / "sft", base, "orpo")
+    lines = train(tmp_path / "dpo", base, "dpo", adapter=tmp_path / "sft" / "output")
+    assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert lines[0]["rewards/margins"] == 0.0
+    assert lines[2]["rewards/margins"] > 0.0
+    saved = load_file(tmp_path / "dpo" / "output" / "adapter_model.safetensors")
+    assert not any("reference" in name for name in saved)
+
+
+def test_another_reference_model_is_not_the_policy(base: Path, tmp_path: Path) -> None:
+    other = tiny_model(tmp_path / "other", seed=1)
+    assert train(tmp_path / "run", base, "dpo", reference=other)[0]["loss"] != pytest.approx(LN2, abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto", "orpo", "rm"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_few_steps_make_the_preferred_answers_more_likely(
+    base: Path, tmp_path: Path, stage: str, method: str
+) -> None:
+    lines = train(tmp_path / "run", base, stage, max_steps=9, finetuning_type=method)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    if stage != "kto":
+        assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"]
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto", "orpo", "rm"])
+def test_a_step_does_not_depend_on_how_it_is_split(base: Path, tmp_path: Path, stage: str) -> None:
+    fields: dict[str, Any] = {"max_steps": 4} | ({} if stage in ("orpo", "rm") else {"pref_ftx": 0.5})
+    ways = {
+        "4 x 1": {"per_device_train_batch_size": 4},
+        "2 x 2": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        "1 x 4": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    }
+    found = {name: train(tmp_path / name, base, stage, **fields, **way) for name, way in ways.items()}
+    for name, lines in found.items():
+        for line, wanted in zip(lines, found["1 x 4"], strict=True):  # 6 rows: every second step is short
+            for value in set(line) - {"tokens_per_second"}:
+                assert line[value] == pytest.approx(wanted[value], rel=2e-4, abs=1e-5), (name, value, line["step"])
+
+
+def test_one_marked_answer_cannot_be_compared(base: Path, tmp_path: Path) -> None:
+    shards(tmp_path / "shards-kto", "kto", rows=1)
+    with pytest.raises(ProgramError, match="there is one row only"):
+        train(tmp_path / "run", base, "kto")
