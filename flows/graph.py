@@ -171,11 +171,15 @@ def _mixture(settings: StageSettings) -> dict[str, Any] | None:
 def _held_out(settings: StageSettings, fetched: Step, base: Input, memory: DigestMemory) -> dict[str, Step]:
     """Held-out data sets, each by its own name, and the rows kept back by `val_size` as `validation`."""
     stage, data, train, runtime = settings.name, settings.data, settings.train, settings.runtime
-    shape = STAGES[train.stage].shape
+    kind = STAGES[train.stage]
     parts: dict[str, tuple[Step, str]] = {}
     if data.val_size:
         parts["validation"] = (fetched, KEPT_BACK)
-    for source in settings.eval_sources:
+    wanted = [(source, kind.shape) for source in settings.eval_sources]
+    if kind.makes_text:  # of what is compared, the likelihood of the good answers is measured
+        general = "text" if kind.shape == "text" else "chat"
+        wanted += [(source, general) for source in settings.perplexity_sources]
+    for source, shape in wanted:
         name = f"fetch:{source.name}"
         step = fetch_step(stage, name, (source,), data, runtime, shape, train.seed, memory, split=False)
         parts[source.name] = (step, ROWS)

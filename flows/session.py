@@ -28,6 +28,8 @@ from tasks.program import classify
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
+TRAINING_RESULTS = ("train_loss", "steps", "trained_tokens", "rewards/accuracies", "rewards/margins")
+
 
 class Session:
     """The state of one run.
@@ -162,7 +164,7 @@ def results_of(pipeline: Pipeline, artifacts: dict[str, Any]) -> dict[str, dict[
         artifact = artifacts.get(stage_steps.trained.title)
         if artifact:
             counts = artifact.manifest["counts"]
-            wanted = {f"train.{key}": counts[key] for key in ("train_loss", "steps", "trained_tokens") if key in counts}
+            wanted = {f"train.{key}": counts[key] for key in TRAINING_RESULTS if key in counts}
             results.setdefault(name, {}).update(wanted)
     return results
 

@@ -59,7 +59,9 @@ class StageSettings:
     sources: tuple[DataSource, ...]
     """The training data sets, found."""
     eval_sources: tuple[DataSource, ...]
-    """Held-out data sets: those of the stage and those of `evaluation.perplexity`, each once."""
+    """Held-out data sets of the stage, with rows as it is trained on."""
+    perplexity_sources: tuple[DataSource, ...]
+    """Those of `evaluation.perplexity` that are not among them; conversations, or text for a stage of text."""
     template: str | None
     """Jinja text of the chat template; None: the model's own."""
 
@@ -208,11 +210,12 @@ def _stage(
         if isinstance(settings.get(key), str):
             _collect(problems, user_path, settings[key], where(key))
     sources = _sources(data.dataset, directory, where("dataset"), problems) if isinstance(data, DataSettings) else ()
-    held_out: list[DataSource] = []
+    own: tuple[DataSource, ...] = ()
+    general: tuple[DataSource, ...] = ()
     if isinstance(data, DataSettings):
-        held_out += _sources(data.eval_dataset, directory, where("eval_dataset"), problems)
+        own = _unique(_sources(data.eval_dataset, directory, where("eval_dataset"), problems))
     if evaluation is not None:
-        held_out += _sources(evaluation.perplexity, directory, "evaluation.perplexity", problems)
+        general = _unique(_sources(evaluation.perplexity, directory, "evaluation.perplexity", problems))
     template = (
         _collect(problems, template_text, data.template, where("template")) if isinstance(data, DataSettings) else None
     )
@@ -227,12 +230,16 @@ def _stage(
         and isinstance(runtime, RuntimeSettings)
     ):
         return None, without_effect
-    unique = tuple({source.name: source for source in reversed(held_out)}.values())[::-1]
-    for source in held_out:
-        if any(other.name == source.name and other != source for other in unique):
+    for source in (*own, *general):
+        if any(other.name == source.name and other != source for other in (*own, *general)):
             rule = f"two held-out data sets are named {source.name!r}; each is reported by its name"
             problems.append(Problem(where("eval_dataset"), rule, "Rename one of the files."))
-    return StageSettings(name, model, data, train, runtime, tuple(sources), unique, template), without_effect
+    general = tuple(source for source in general if source not in own)
+    return StageSettings(name, model, data, train, runtime, tuple(sources), own, general, template), without_effect
+
+
+def _unique(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    return tuple(source for number, source in enumerate(sources) if source not in sources[:number])
 
 
 def _rules(

@@ -23,8 +23,9 @@ LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON itself escapes the others
 def work(spec: Spec, events: Events) -> None:
     """Load, score, answer, write.
 
-    Writes `results.json` (`perplexity.<set>` → value, nll, tokens, rows), `nll.<set>.jsonl` (one line per row),
-    `answers.jsonl` (one line per question) and `report/timings.json` (seconds).
+    Writes `results.json` (`perplexity.<set>` → value, nll, tokens, rows; of a reward model `reward_accuracy.<set>` and
+    `reward_margin.<set>`), `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per row or pair), `answers.jsonl` (one
+    line per question) and `report/timings.json` (seconds).
 
     Raises:
         ProgramError: `bad_setting` for packed shards, for an adapter of another base and for a data set without
@@ -45,6 +46,7 @@ def work(spec: Spec, events: Events) -> None:
     import torch  # noqa: F401 - the first import of it is what takes long
 
     from tasks.answers import Chat, answer_questions
+    from tasks.rewards import reward_results, score_pairs
     from tasks.scoring import Shards, perplexity, score_rows
 
     lap("import")
@@ -53,15 +55,22 @@ def work(spec: Spec, events: Events) -> None:
     model = load(spec)
     lap("load")
     results: dict[str, Any] = {}
-    for name in settings["sets"]:
-        shards = Shards(Path(spec.inputs[f"set.{name}"]))
+    for name, shape in zip(settings["sets"], settings["shapes"], strict=True):
+        shards = Shards(Path(spec.inputs[f"set.{name}"]), shape)
         report = _reporter(
             events, "rows", spec.runtime.get("set_names", settings["sets"])[settings["sets"].index(name)]
         )
-        scores = score_rows(model, shards, spec.runtime["per_device_eval_batch_size"], report)
-        results[f"perplexity.{name}"] = perplexity(scores)
-        rows = ({"row": row, "nll": score.nll, "tokens": score.tokens} for row, score in enumerate(scores))
-        write_lines(output / f"nll.{name}.jsonl", rows)
+        batch_size = spec.runtime["per_device_eval_batch_size"]
+        if settings["measure"] == "reward":
+            pairs = score_pairs(model, shards, batch_size, report)
+            results |= {f"{measure}.{name}": result for measure, result in reward_results(pairs).items()}
+            rows = ({"row": row, "chosen": pair[0], "rejected": pair[1]} for row, pair in enumerate(pairs))
+            write_lines(output / f"rewards.{name}.jsonl", rows)
+        else:
+            scores = score_rows(model, shards, batch_size, report)
+            results[f"perplexity.{name}"] = perplexity(scores.values())
+            rows = ({"row": row, "nll": score.nll, "tokens": score.tokens} for row, score in scores.items())
+            write_lines(output / f"nll.{name}.jsonl", rows)
         lap(f"set.{name}")
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if chat is not None:
@@ -89,7 +98,8 @@ def load(spec: Spec) -> Any:
 
     from tasks.train.model import check_base, load_base
 
-    model = load_base(spec.inputs["model"], torch.bfloat16 if spec.settings["bf16"] else torch.float32)
+    dtype = torch.bfloat16 if spec.settings["bf16"] else torch.float32
+    model = load_base(spec.inputs["model"], dtype, score=spec.settings["measure"] == "reward")
     adapter = spec.inputs.get("adapter")
     if adapter:
         from peft import PeftModel

@@ -51,7 +51,7 @@ def evaluate_step(
         label=label,
         identity={
             "questions": list(questions),
-            "shape": kind.shape,
+            "shapes": [shape_of(step) for step in sets.values()],
             "measure": "perplexity" if kind.makes_text else "reward",
             "bf16": settings.train.bf16,
             "sets": [str(index) for index in range(len(sets))],
@@ -65,6 +65,13 @@ def evaluate_step(
         },
         heavy=True,
     )
+
+
+def shape_of(tokenize: Step) -> str:
+    """The shape of the rows behind a tokenize step."""
+    rendered = tokenize.inputs["rendered"].source
+    assert isinstance(rendered, Step)
+    return str(rendered.identity["shape"])
 
 
 def evaluate(work: Work) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Run as `python -m tasks.merge_program SPEC.json`.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ def work(spec: Spec, events: Events) -> None:
     check_base(str(adapter), spec.settings["base_digest"])
     dtype = saved_dtype(base)
     events.emit("note", text=f"merging in float32, saving in {dtype}")
-    model = load_base(str(base), torch.float32).eval()
+    score = scores(adapter)
+    model = load_base(str(base), torch.float32, score).eval()
     probe = probe_tokens(model.get_input_embeddings().num_embeddings)
     before = _logits(model, probe)
     merged, wanted = _merge(model, adapter, probe)
@@ -52,7 +54,7 @@ def work(spec: Spec, events: Events) -> None:
     save_model(merged.to(getattr(torch, dtype)), output, base)
     copy_tokenizer(adapter, output)
     del model, merged
-    found = _logits(load_base(str(output), torch.float32).eval(), probe)
+    found = _logits(load_base(str(output), torch.float32, score).eval(), probe)
     effect, difference = (float((wanted - other).abs().max()) for other in (before, found))
     numbers = {"max_logit_difference": difference, "max_logit_effect": effect, "dtype": dtype}
     if effect == 0.0:
@@ -72,6 +74,12 @@ def work(spec: Spec, events: Events) -> None:
             "Use base + adapter without merging, or a base saved in float32.",
         )
     write_json(output / "merge.json", numbers)
+
+
+def scores(adapter: Path) -> bool:
+    """Whether an adapter belongs to a reward model."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return bool(config.get("task_type") == "SEQ_CLS")
 
 
 def tolerance(dtype: str, scale: float) -> float:

@@ -163,8 +163,14 @@ def require_finite(model: Any) -> None:
 def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int) -> dict[str, Any]:
     """The numbers of `train.json` that come from the steps' own lines; no clock in them."""
     losses = [line["loss"] for line in lines]
-    last = losses[-max(1, math.ceil(len(losses) / 10)) :]
-    return {
+    count = max(1, math.ceil(len(losses) / 10))
+    last = losses[-count:]
+    metrics = {
+        name: math.fsum(line[name] for line in lines[-count:]) / count
+        for name in ("rewards/accuracies", "rewards/margins")
+        if all(name in line for line in lines[-count:])
+    }
+    return metrics | {
         "steps": len(lines),
         "epochs": len(lines) / steps_per_epoch,
         "train_loss": math.fsum(last) / len(last),

@@ -94,9 +94,9 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
 }
 TWO_SETS = ["FOLDER/train.jsonl", "FOLDER/more.jsonl"]
 BESIDE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "ref_model"), {"stage": "dpo"}),
+    **{key: {"stage": "dpo"} for key in ("pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "ref_model")},
     "simpo_gamma": {"stage": "dpo", "pref_loss": "simpo"},
-    **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight"), {"stage": "kto"}),
+    **{key: {"stage": "kto"} for key in ("kto_chosen_weight", "kto_rejected_weight")},
     "cut_answers": {"overlong": "truncate"},
     "mix_strategy": {"dataset": TWO_SETS},
     "interleave_probs": {"dataset": TWO_SETS, "mix_strategy": "interleave_under"},
@@ -159,7 +159,8 @@ def placed(value: Any, folder: Path) -> Any:
 
 def test_the_table_has_every_field() -> None:
     assert {record: set(table) for record, table in FIELDS.items()} == {
-        record: set(record.model_fields) - {"model"} for record in FIELDS  # which needs a second stage; see below
+        record: set(record.model_fields) - {"model"}
+        for record in FIELDS  # which needs a second stage; see below
     }
     assert len(CASES) == 57
 

@@ -84,7 +84,8 @@ def test_scores_are_those_of_a_plain_loop_for_every_batch_size(model: Any, tmp_p
         {"input_ids": [65], "labels": [65]},
         {"input_ids": [1, 2], "labels": [-100, -100]},
     ]
-    scores = score_rows(model, Shards(write_shards(tmp_path / "shards", rows)), batch_size)
+    found = score_rows(model, Shards(write_shards(tmp_path / "shards", rows)), batch_size)
+    scores = list(found.values())
     expected = slow_scores(model, rows)
     assert [score.tokens for score in scores] == [tokens for _, tokens in expected]
     for score, (nll, _) in zip(scores, expected, strict=True):
@@ -96,7 +97,7 @@ def test_scores_are_those_of_a_plain_loop_for_every_batch_size(model: Any, tmp_p
 def test_bfloat16_differs_between_batch_sizes_by_rounding_only(folder: Path, tmp_path: Path) -> None:
     model = load_base(str(folder), torch.bfloat16).eval()
     shards = Shards(write_shards(tmp_path / "shards", random_rows(20, seed=4)))
-    one, four = (perplexity(score_rows(model, shards, size))["value"] for size in (1, 4))
+    one, four = (perplexity(score_rows(model, shards, size).values())["value"] for size in (1, 4))
     assert one == pytest.approx(four, rel=2e-3)
 
 
@@ -203,7 +204,14 @@ def run(spec: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_program_writes_results_answers_and_progress(folder: Path, model: Any, tmp_path: Path) -> None:
     rows = random_rows(6, seed=7)
-    settings = {"questions": QUESTIONS, "max_new_tokens": 5, "bf16": False, "sets": ["0"]}
+    settings = {
+        "questions": QUESTIONS,
+        "max_new_tokens": 5,
+        "bf16": False,
+        "shapes": ["chat"],
+        "measure": "perplexity",
+        "sets": ["0"],
+    }
     inputs = {"model": folder, "set.0": write_shards(tmp_path / "shards", rows)}
     spec = write_spec(tmp_path, settings, inputs, {"per_device_eval_batch_size": 4, "set_names": ["held_out"]})
     answer = run(spec)
@@ -235,7 +243,15 @@ def test_an_adapter_is_measured_on_its_own_base_only(folder: Path, tmp_path: Pat
     (adapter / "base.json").write_text(json.dumps({"base_digest": "aaaa"}))
     rows = random_rows(5, seed=8)
     inputs = {"model": folder, "adapter": adapter, "set.0": write_shards(tmp_path / "shards", rows)}
-    settings = {"questions": [], "max_new_tokens": 5, "bf16": False, "sets": ["0"], "base_digest": "aaaa"}
+    settings = {
+        "questions": [],
+        "max_new_tokens": 5,
+        "bf16": False,
+        "shapes": ["chat"],
+        "measure": "perplexity",
+        "sets": ["0"],
+        "base_digest": "aaaa",
+    }
     spec = Spec.read(write_spec(tmp_path, settings, inputs, {"per_device_eval_batch_size": 4}))
     work(spec, Events(spec.events))
     expected = perplexity(RowScore(*score) for score in slow_scores(adapted.eval(), rows))["value"]
