@@ -87,6 +87,7 @@ def run_program(
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | os.environ
     environment |= {LAUNCHER_PID: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
+    kills = memory_kills()
     with open(log_path, "ab") as log, open(spec.events, encoding="utf-8") as events:
         child = subprocess.Popen(
             command(module, spec_path, processes),
@@ -111,7 +112,17 @@ def run_program(
             tree.end()
     if child.returncode != 0:
         check_stop(stop)  # who ends the run may have sent its signal to the program as well
-        raise _failure(module, spec, child.returncode, log_path)
+        failure = _failure(module, spec, child.returncode, log_path)
+        if failure.kind == "killed" and memory_kills() > kills:
+            raise ProgramFailed("out_of_memory", f"the kernel ended {module} for want of memory")
+        raise failure
+
+
+def memory_kills() -> int:
+    """Processes the kernel has ended for want of memory since it started; 0 where it does not say."""
+    counters = Path("/proc/vmstat")
+    lines = counters.read_text(encoding="ascii").splitlines() if counters.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 class _Tree:

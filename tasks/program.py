@@ -24,6 +24,11 @@ from registry.errors import InputError
 from registry.home import Home
 
 PR_SET_PDEATHSIG = 1
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+)  # CUDA's words, PyTorch's, the kernel's
 FULL_BYTES = 1_000_000  # a disk with less is full: less than any weight file or database page cache needs
 LAUNCHER_PID = "LLAMATUNER_LAUNCHER_PID"  # set by tasks.launch, so that a child can tell that its launcher is gone
 
@@ -60,7 +65,8 @@ class ProgramError(Exception):
     """A failure whose cause is known.
 
     Args:
-        kind: `bad_setting`, `not_finite`, `disk_full`, `out_of_memory` or `unexpected`; retries are decided by it.
+        kind: `bad_setting`, `not_finite`, `disk_full`, `out_of_memory`, `killed` or `unexpected`; retries are decided
+            by it.
         message: the value, the rule, the cure.
     """
 
@@ -115,7 +121,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if out_of_space or "No space left on device" in text or disk_is_full():
         return "disk_full", disk_full(str(error))
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in NO_MEMORY):
         return "out_of_memory", text
     return "unexpected", text
 

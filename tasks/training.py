@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from registry.recipe import StageSettings
-from tasks.launch import run_program
+from tasks.launch import ProgramFailed, run_program
 from tasks.steps import RESUME_FILE, Input, Step, Work
 
 TRAIN_VERSION = 1  # first form
 MERGE_VERSION = 1  # first form
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "vocab*", "merges*", "tokenizer*")
+TOO_LITTLE_MEMORY = (
+    "One sequence at a time is too much for this memory. Lower cutoff_len or lora_rank, train fewer weights "
+    "(finetuning_type: lora, quant_bit: 4), or use a smaller model."
+)
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
@@ -60,16 +64,48 @@ def train_step(
 
 
 def train(work: Work) -> dict[str, Any]:
-    """Launch the training program; the template the rows were rendered with goes with what it makes."""
-    processes = work.identity["train"]["nproc_per_node"]
+    """Launch the training program; the template the rows were rendered with goes with what it makes.
+
+    When memory runs out, the same global batch is made of smaller parts, down to one sequence, from the last checkpoint
+    on: the loss does not depend on the parts. The size that fits is remembered for a later attempt.
+
+    Raises:
+        ProgramFailed: the program failed; out of memory with one sequence at a time as well.
+    """
+    settings, remembered = work.identity["train"], work.scratch / "micro_batch.json"
     spec = work.spec(base_digest=True)
-    run_program("tasks.train.program", spec, work.folder, work.emit, work.stop, processes=processes)
+    size = settings["per_device_train_batch_size"]
+    size = _read(remembered)["micro_batch"] if remembered.exists() else size
+    while True:
+        spec.runtime["micro_batch"] = size
+        try:
+            processes = settings["nproc_per_node"]
+            run_program("tasks.train.program", spec, work.folder, work.emit, work.stop, processes=processes)
+            break
+        except ProgramFailed as error:
+            if error.kind != "out_of_memory":
+                raise
+            smaller = next_smaller(size, settings["per_device_train_batch_size"])
+            if smaller is None:
+                raise ProgramFailed(error.kind, f"{error} {TOO_LITTLE_MEMORY}") from error
+            work.note(f"out of memory with {size} sequences at a time: again with {smaller}, in the same global batch")
+            size = smaller
+            remembered.write_text(json.dumps({"micro_batch": size}), encoding="utf-8")
     if work.identity["template"] is not None:
         (work.output / "chat_template.jinja").write_text(work.identity["template"], encoding="utf-8")
     resume = work.output / RESUME_FILE
     resumed = json.loads(resume.read_text(encoding="utf-8"))["resumed_from"] if resume.exists() else None
     keep_log(work)
-    return _read(work.output / "train.json") | {"resumed_from": resumed}
+    return _read(work.output / "train.json") | {"resumed_from": resumed, "micro_batch": size}
+
+
+def next_smaller(size: int, whole: int) -> int | None:
+    """The largest part of at most half the size that the whole can be made of; None when it is one already.
+
+    >>> [next_smaller(6, 6), next_smaller(3, 6), next_smaller(1, 6)]
+    [3, 1, None]
+    """
+    return next((part for part in range(size // 2, 0, -1) if whole % part == 0), None)
 
 
 def merge_step(stage: str, label: str, base: Input, trained: Step) -> Step:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.digests import sync
@@ -157,6 +161,38 @@ class CheckpointKeeper(TrainerCallback):
             self.lines.sync()
             mark_whole(self.root / f"checkpoint-{state.global_step}", args.world_size)
             rotate(self.root, self.keep, args.world_size)
+
+
+class Leaving(TrainerCallback):
+    """Saves and ends when SIGTERM comes: behind the step that is being made, on every process behind the same one.
+
+    Args:
+        trainer: whose processes have to agree.
+    """
+
+    def __init__(self, trainer: TokenTrainer) -> None:
+        self.trainer, self.asked = trainer, False
+        if threading.current_thread() is threading.main_thread():  # a test may train in another thread
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called before Trainer decides about saving."""
+        asked = torch.tensor([float(self.asked)], device=args.device)
+        if float(self.trainer.gather(asked).sum()) > 0:
+            self.asked = True
+            control.should_save = control.should_training_stop = True
+
+    def require_end(self, step: int, total: int) -> None:
+        """Leave here when the run was ended early.
+
+        Raises:
+            ProgramError: `killed`; the same command goes on from the checkpoint that was saved.
+        """
+        if self.asked and step < total:
+            raise ProgramError("killed", f"ended by SIGTERM; the checkpoint of step {step} of {total} was saved first")
 
 
 def require_finite_step(step: int, logs: dict[str, float], rows: Sequence[int] = ()) -> None:

@@ -48,7 +48,7 @@ def work(spec: Spec, events: Events) -> None:
     rows = Rows(spec.inputs["shards"], model.get_input_embeddings().num_embeddings, pieces)
     if spec.settings["packing"]:
         require_separation(model)
-    plan = _plan(settings, len(rows))
+    plan = _plan(settings, len(rows), spec.runtime.get("micro_batch", settings["per_device_train_batch_size"]))
     total = plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
     use_cache = model.config.use_cache
     trainer = _trainer(spec, model, rows, plan, total)
@@ -80,7 +80,7 @@ def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int) ->
     reference = make_reference(settings, model, spec.inputs["base"], spec.inputs.get("reference"))
     return TokenTrainer(
         model,
-        _arguments(spec, total),
+        _arguments(spec, plan, total),
         MarkedRows(rows, plan) if stage == "kto" else rows,
         plan,
         make_objective(settings, reference),
@@ -109,7 +109,8 @@ def _determinism(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _plan(settings: dict[str, Any], rows: int) -> BatchPlan:
+def _plan(settings: dict[str, Any], rows: int, micro_batch: int) -> BatchPlan:
+    """The batch arithmetic; a smaller micro-batch than asked for, where memory ran out, makes more of them."""
     from tasks.train.batches import BatchPlan
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -119,14 +120,14 @@ def _plan(settings: dict[str, Any], rows: int) -> BatchPlan:
         )
     return BatchPlan(
         rows=rows,
-        per_device=settings["per_device_train_batch_size"],
-        accumulation=settings["gradient_accumulation_steps"],
+        per_device=micro_batch,
+        accumulation=settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // micro_batch,
         processes=processes,
         seed=settings["seed"],
     )
 
 
-def _arguments(spec: Spec, total: int) -> TrainingArguments:
+def _arguments(spec: Spec, plan: BatchPlan, total: int) -> TrainingArguments:
     """Trainer's arguments: its own logging, saving of extras, progress bars and reporting are off."""
     import torch
     from transformers import TrainingArguments
@@ -134,8 +135,8 @@ def _arguments(spec: Spec, total: int) -> TrainingArguments:
     settings, cpu = spec.settings["train"], not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(Path(spec.scratch) / CHECKPOINTS),
-        per_device_train_batch_size=settings["per_device_train_batch_size"],
-        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+        per_device_train_batch_size=plan.per_device,
+        gradient_accumulation_steps=plan.accumulation,
         learning_rate=settings["learning_rate"],
         max_steps=total,
         lr_scheduler_type=settings["lr_scheduler_type"],
@@ -164,7 +165,7 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     """Make the steps that are not made yet; the line of every step, and the step resumed from (0: none)."""
     from transformers import PrinterCallback
 
-    from tasks.train.callbacks import CheckpointKeeper, StepLines, StepWatcher
+    from tasks.train.callbacks import CheckpointKeeper, Leaving, StepLines, StepWatcher
     from tasks.train.checkpoints import newest_whole, remove_damaged, step_of
 
     root, processes = Path(spec.scratch) / CHECKPOINTS, trainer.args.world_size
@@ -182,11 +183,14 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines))
     trainer.add_callback(watcher)
+    leaving = Leaving(trainer)
+    trainer.add_callback(leaving)
     if step == total:
         # Trainer would make one step too many: it only looks whether it is done after a step.
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    leaving.require_end(trainer.state.global_step, total)
     return lines.lines, step
 
 

@@ -62,6 +62,7 @@ class TokenTrainer(Trainer):
         self.objective: Objective = objective
         self.counts = StepCounts()
         self._left = 0
+        self._coming: list[dict[str, Any]] = []
         self._sums: dict[str, tuple[str, torch.Tensor]] = {}
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,13 +84,12 @@ class TokenTrainer(Trainer):
         names = sorted(found[0])
         numbers = [sum(counts[name] for counts in found) for name in names]
         numbers += [sum(batch.tokens for batch in batches), sum(trained_tokens(batch) for batch in batches)]
-        *units, tokens, trained = self._gather(torch.tensor([numbers], device=device)).sum(dim=0).tolist()
+        *units, tokens, trained = self.gather(torch.tensor([numbers], device=device)).sum(dim=0).tolist()
         rows = [row for batch in batches for row in batch.rows]
         self.counts = StepCounts(tokens, trained, dict(zip(names, units, strict=True)), rows, self.counts.metrics)
         self._left, self._sums = num_batches, {}
-        inputs = [batch.inputs for batch in batches]
-        self.objective.prepare(self.model_wrapped, inputs, self._gather)
-        return inputs, torch.tensor(max(trained, 1), device=device)
+        self._coming = [batch.inputs for batch in batches]
+        return self._coming, torch.tensor(max(trained, 1), device=device)
 
     def compute_loss(
         self,
@@ -99,6 +99,9 @@ class TokenTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """This process's part of the step's loss, times the processes: DistributedDataParallel averages gradients."""
+        if self._coming:  # not where the batches are read: Trainer restores the random state behind that
+            self.objective.prepare(model, self._coming, self.gather)
+            self._coming = []
         sums = self.objective.sums(model, inputs)
         self._collect(sums)
         # a step in which nothing is trained moves nothing: dividing its loss of 0 by 1 keeps it out of the way
@@ -111,15 +114,15 @@ class TokenTrainer(Trainer):
             self._sums[name] = (unit, value + self._sums[name][1] if name in self._sums else value)
         self._left -= 1
         if self._left == 0 and self._sums:
-            totals = self._gather(torch.stack([value.float() for _, value in self._sums.values()])[None]).sum(dim=0)
+            totals = self.gather(torch.stack([value.float() for _, value in self._sums.values()])[None]).sum(dim=0)
             self.counts.metrics = {
                 name: total / self.counts.units[unit]
                 for (name, (unit, _)), total in zip(self._sums.items(), totals.tolist(), strict=True)
                 if self.counts.units[unit]
             }
 
-    def _gather(self, value: torch.Tensor) -> torch.Tensor:
-        """One row per process."""
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        """One row per process, on every process."""
         return self.accelerator.gather(value) if self.args.world_size > 1 else value
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

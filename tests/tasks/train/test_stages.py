@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from registry.records import TrainSettings
 from tasks.program import Events, ProgramError, Spec
 from tasks.train.program import work
+from tests.tasks.train.test_training import DyingEvents, Killed
 from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 torch.set_num_threads(1)
@@ -34,7 +35,7 @@ def shards(folder: Path, stage: str, rows: int = ROWS) -> Path:
     return write_shards(folder, random_pairs(rows), "preference")
 
 
-def train(folder: Path, base: Path, stage: str, **fields: Any) -> list[dict[str, Any]]:
+def train(folder: Path, base: Path, stage: str, die_at: int = 0, **fields: Any) -> list[dict[str, Any]]:
     """Train a few steps; the line of every step."""
     inputs = {"base": base, "shards": shards(folder.parent / f"shards-{stage}", stage)}
     inputs |= {name: fields.pop(name) for name in ("adapter", "reference") if name in fields}
@@ -43,9 +44,10 @@ def train(folder: Path, base: Path, stage: str, **fields: Any) -> list[dict[str,
         folder,
         {"train": TrainSettings(**settings).identity(), "packing": False, "base_digest": "base-0"},
         inputs,
-        {"logging_steps": 1, "save_steps": 100, "save_total_limit": 2, "base_name": "tiny"},
+        {"logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "base_name": "tiny"},
     )
-    work(Spec.read(spec), Events(folder / "events.jsonl"))
+    events = DyingEvents(folder / "events.jsonl", die_at) if die_at else Events(folder / "events.jsonl")
+    work(Spec.read(spec), events)
     return read_lines(folder / "scratch" / "metrics.jsonl")
 
 
@@ -96,6 +98,24 @@ def test_a_step_does_not_depend_on_how_it_is_split(base: Path, tmp_path: Path, s
         for line, wanted in zip(lines, found["1 x 4"], strict=True):  # 6 rows: every second step is short
             for value in set(line) - {"tokens_per_second"}:
                 assert line[value] == pytest.approx(wanted[value], rel=2e-4, abs=1e-5), (name, value, line["step"])
+
+
+# 6 rows in steps of 2: 3 steps an epoch; killed in the middle of the second one, behind the checkpoint of step 4
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "orpo", "rm"])
+def test_a_killed_and_resumed_stage_has_the_bytes_of_one_never_killed(
+    base: Path, tmp_path: Path, stage: str, method: str
+) -> None:
+    fields: dict[str, Any] = {"finetuning_type": method, "max_steps": 7}
+    fields |= {"lora_dropout": 0.2} if method == "lora" else {}
+    train(tmp_path / "whole", base, stage, **fields)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", base, stage, die_at=6, **fields)
+    train(tmp_path / "killed", base, stage, **fields)
+    whole, killed = (tmp_path / name / "output" for name in ("whole", "killed"))
+    assert (killed / "report" / "resume.json").read_text() == '{\n  "resumed_from": 4\n}\n'
+    for path in (path for path in whole.iterdir() if path.is_file()):
+        assert (killed / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_one_marked_answer_cannot_be_compared(base: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,33 @@ def test_a_killed_and_resumed_run_has_the_bytes_of_one_never_killed(
         assert f"resumed from step {expected}" in notes
     else:
         assert not (resumed / "report" / "resume.json").exists()
+
+
+def test_a_run_in_smaller_parts_makes_the_same_steps(inputs: dict[str, Path], tmp_path: Path) -> None:
+    whole = make_spec(tmp_path / "whole", inputs, per_device_train_batch_size=4, max_steps=4)
+    parts = make_spec(tmp_path / "parts", inputs, per_device_train_batch_size=4, max_steps=4)
+    spec = json.loads(parts.read_text())
+    spec["runtime"]["micro_batch"] = 1
+    parts.write_text(json.dumps(spec))
+    assert losses(run(parts)) == pytest.approx(losses(run(whole)), rel=1e-5)
+
+
+def test_sigterm_saves_behind_the_step_and_the_run_goes_on_from_there(inputs: dict[str, Path], tmp_path: Path) -> None:
+    class Ending(Events):
+        def emit(self, kind: str, **fields: Any) -> None:
+            super().emit(kind, **fields)
+            if kind == "progress" and fields["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = contents(run(make_spec(tmp_path / "whole", inputs, max_steps=6)))
+    path = make_spec(tmp_path / "ended", inputs, max_steps=6)
+    spec, before = Spec.read(path), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ProgramError, match="the checkpoint of step 4 of 6 was saved first") as failure:
+        work(spec, Ending(spec.events))
+    signal.signal(signal.SIGTERM, before)
+    assert failure.value.kind == "killed"
+    assert [folder.name for folder in (tmp_path / "ended" / "scratch" / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert contents(run(path)) == whole
 
 
 def test_a_run_killed_after_its_last_step_makes_no_further_step(inputs: dict[str, Path], tmp_path: Path) -> None:
