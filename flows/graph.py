@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.recipe import Recipe, StageSettings
 from registry.stages import METHODS, STAGES
 from tasks.digests import DigestMemory
-from tasks.evaluation import evaluate_step
+from tasks.evaluation import evaluate_step, shape_of
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
 from tasks.model import base_input
 from tasks.render import render_step
@@ -148,7 +149,11 @@ def _stage(
     rendered = render_step(stage, "render", fetched, ROWS, base, data, settings.template)
     tokenized = tokenize_step(stage, "tokenize", rendered, base, data, data.packing, _mixture(settings))
     held_out = _held_out(settings, fetched, base, memory)
-    trained = train_step(label, start.name, base, tokenized, settings, reference, _adapter(settings))
+    watched = {name: step for name, step in held_out.items() if train.eval_steps and shape_of(step) == kind.shape}
+    if train.eval_steps and not watched:
+        rule = f"eval_steps measures held-out rows of the stage's own kind ({kind.shape}), and there are none"
+        raise InputError(Problem(f"stages.{stage}.eval_steps", rule, "Set val_size or eval_dataset."))
+    trained = train_step(label, start.name, base, tokenized, settings, reference, _adapter(settings), watched)
     adapts = METHODS[train.finetuning_type].makes == "adapter"
     model = merge_step(stage, label, base, trained) if adapts else trained
     evaluated = None

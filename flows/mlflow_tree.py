@@ -14,6 +14,7 @@ from tasks.steps import Outcome, Step
 from tasks.tracking import RUN_TAG, Tracker
 
 KEY_TAG = "llamatuner.key"
+NO_CURVE = ("step", "tokens", "trained_tokens", "tokens_per_second")  # of a step's line; the last is another machine's
 COMPUTED_TAG = "llamatuner.computed_by"
 
 
@@ -98,7 +99,7 @@ class MlflowTree:
         """A cached training shows its curve in the new tree as well."""
         path = outcome.artifact.path / "report" / "metrics.jsonl"
         for point in read_json_lines(path) if path.exists() else []:
-            values = {k: v for k, v in _numbers(point).items() if k in ("loss", "learning_rate", "grad_norm", "epoch")}
+            values = {k: v for k, v in _numbers(point).items() if k not in NO_CURVE}
             self._tracker.metrics(run_id, values, point["step"])
 
     def _link(self, run_id: str | None, outcome: Outcome) -> None:

@@ -155,6 +155,12 @@ class TrainSettings(MethodSettings, LossSettings):
     """Gradients are scaled down to this norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of initialisation, order and dropout."""
+    eval_steps: Steps | None = None
+    """Optimizer steps between two measurements of the held-out loss while training; nothing measures none."""
+    early_stopping_steps: Steps | None = None
+    """Measurements without a lower held-out loss after which training ends."""
+    load_best_model_at_end: bool = False
+    """Keep the weights with the lowest held-out loss, instead of the last ones."""
     bf16: bool = False
     """Weights of the frozen base and arithmetic in bfloat16; LoRA matrices and optimizer state stay float32."""
 

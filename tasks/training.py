@@ -6,6 +6,7 @@ One decision: both are launched programs; here is only what goes into their keys
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ TOO_LITTLE_MEMORY = (
     "One sequence at a time is too much for this memory. Lower cutoff_len or lora_rank, train fewer weights "
     "(finetuning_type: lora, quant_bit: 4), or use a smaller model."
 )
+TRAINING_RUNTIME = {"logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"}
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
@@ -31,6 +33,7 @@ def train_step(
     settings: StageSettings,
     reference: Input | None = None,
     adapter: Input | None = None,
+    held_out: Mapping[str, Step] | None = None,
 ) -> Step:
     """The step that trains.
 
@@ -42,8 +45,11 @@ def train_step(
         settings: of the stage.
         reference: the model to stay close to; None: the one that is started from.
         adapter: a LoRA adapter to continue from.
+        held_out: data set name → tokenize step of what is measured while training.
     """
     inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
+    sets = held_out or {}
+    inputs |= {f"held_out.{number}": Input(step, SHARD_FILES) for number, step in enumerate(sets.values())}
     inputs |= {"reference": Input(reference.source, BASE_FILES)} if reference else {}
     return Step(
         stage=settings.name,
@@ -57,8 +63,7 @@ def train_step(
         },
         inputs=inputs | ({"adapter": adapter} if adapter else {}),
         run="tasks.training:train",
-        runtime=settings.runtime.model_dump(include={"logging_steps", "save_steps", "save_total_limit"})
-        | {"base_name": base_name},
+        runtime=settings.runtime.model_dump(include=TRAINING_RUNTIME) | {"base_name": base_name, "sets": list(sets)},
         heavy=True,
     )
 

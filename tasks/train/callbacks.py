@@ -25,6 +25,7 @@ from tasks.program import Events, ProgramError
 from tasks.train.checkpoints import mark_whole, rotate
 from tasks.train.trainer import TokenTrainer
 
+EVAL_LOSS = "eval_loss"
 COUNTED = ("step", "tokens", "trained_tokens")  # of a line: what is no value of its own
 
 
@@ -69,16 +70,24 @@ class StepLines:
 
 
 def logged(lines: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
-    """Every n-th line and the last, with the mean loss of the steps since the line before.
+    """Every n-th line and the last, with the mean loss of the steps since the line before, and their held-out loss.
 
     >>> logged([{"step": n, "loss": float(n)} for n in (1, 2, 3)], every=2)
     [{'step': 2, 'loss': 1.5}, {'step': 3, 'loss': 3.0}]
     """
     ends = [end for end in range(1, len(lines) + 1) if end % every == 0 or end == len(lines)]
-    return [
-        lines[end - 1] | {"loss": math.fsum(line["loss"] for line in lines[start:end]) / (end - start)}
-        for start, end in pairwise([0, *ends])
-    ]
+    shown = []
+    for start, end in pairwise([0, *ends]):
+        part = lines[start:end]
+        held_out = {name: value for line in part for name, value in line.items() if name.startswith(EVAL_LOSS)}
+        shown.append(part[-1] | held_out | {"loss": math.fsum(line["loss"] for line in part) / len(part)})
+    return shown
+
+
+def best_line(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The line of the step with the lowest held-out loss, the earliest of equal ones; None without any."""
+    measured = [line for line in lines if EVAL_LOSS in line]
+    return min(measured, key=lambda line: float(line[EVAL_LOSS])) if measured else None
 
 
 class StepWatcher(TrainerCallback):
@@ -148,8 +157,8 @@ class StepWatcher(TrainerCallback):
 class CheckpointKeeper(TrainerCallback):
     """Marks a checkpoint whole when every process has written its part, then lets older ones go."""
 
-    def __init__(self, root: Path, keep: int, lines: StepLines) -> None:
-        self.root, self.keep, self.lines = root, keep, lines
+    def __init__(self, root: Path, keep: int, lines: StepLines, best: bool = False) -> None:
+        self.root, self.keep, self.lines, self.best = root, keep, lines, best
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called after Trainer has written `checkpoint-N`."""
@@ -160,7 +169,8 @@ class CheckpointKeeper(TrainerCallback):
         if args.should_save:
             self.lines.sync()
             mark_whole(self.root / f"checkpoint-{state.global_step}", args.world_size)
-            rotate(self.root, self.keep, args.world_size)
+            best = best_line(self.lines.lines) if self.best else None
+            rotate(self.root, self.keep, args.world_size, best["step"] if best else None)
 
 
 class Leaving(TrainerCallback):

@@ -86,10 +86,10 @@ def remove_damaged(root: Path, processes: int) -> list[str]:
     return reasons
 
 
-def rotate(root: Path, keep: int, processes: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints; at least one always stays."""
+def rotate(root: Path, keep: int, processes: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and that of step `best`; at least one always stays."""
     whole = [folder for folder in _checkpoints(root) if damage(folder, processes) is None]
-    for folder in whole[: -max(keep, 1)]:
+    for folder in (folder for folder in whole[: -max(keep, 1)] if step_of(folder) != best):
         (folder / MARKER).unlink()  # first: a kill in the middle must not leave a marker on a thinned-out folder
         shutil.rmtree(folder)
 

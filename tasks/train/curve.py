@@ -15,7 +15,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> 
     """Draw loss (left) and learning rate (right) over optimizer steps.
 
     Args:
-        lines: `step`, `loss` and `learning_rate` of every step to show.
+        lines: `step`, `loss` and `learning_rate` of every step to show, and `eval_loss` where it was measured.
         path: the PNG to write.
         title: shown above the curve.
     """
@@ -29,6 +29,11 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> 
     losses = [line["loss"] for line in lines]
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1.0, marker="." if len(steps) < 30 else None)
     axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.8)
+    measured = [line for line in lines if "eval_loss" in line]
+    if measured:
+        points = [line["step"] for line in measured], [line["eval_loss"] for line in measured]
+        axes.plot(*points, color="tab:orange", marker="o", markersize=3.0, linewidth=1.2, label="held out")
+        axes.legend(loc="upper right")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per trained token")
     axes.grid(alpha=0.25)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tasks.program import ProgramError
+from tasks.train.callbacks import EVAL_LOSS, best_line
 from tasks.train.model import BASE_RECORD
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -170,6 +171,9 @@ def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int) -> dict[str, 
         for name in ("rewards/accuracies", "rewards/margins")
         if all(name in line for line in lines[-count:])
     }
+    best = best_line(lines)
+    if best:
+        metrics |= {"best_step": best["step"], "best_eval_loss": best[EVAL_LOSS]}
     return metrics | {
         "steps": len(lines),
         "epochs": len(lines) / steps_per_epoch,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from tasks.train.batches import BatchPlan, Rows
+    from tasks.train.callbacks import StepLines, StepWatcher
+    from tasks.train.held_out import HeldOutLoss
     from tasks.train.trainer import TokenTrainer
 
 LINES = "metrics.jsonl"
@@ -181,17 +183,43 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     watcher = StepWatcher(events, lines, trainer, spec.runtime["logging_steps"])
     watcher.repeat()
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines))
+    best = bool(spec.settings["train"].get("load_best_model_at_end"))
+    trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines, best))
     trainer.add_callback(watcher)
     leaving = Leaving(trainer)
     trainer.add_callback(leaving)
-    if step == total:
+    held_out = _held_out(trainer, spec, events, lines, watcher)
+    if held_out:
+        trainer.add_callback(held_out)
+    if step == total or (held_out and held_out.is_over()):
         # Trainer would make one step too many: it only looks whether it is done after a step.
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     leaving.require_end(trainer.state.global_step, total)
+    if held_out and held_out.keep_best:
+        held_out.load_best(root)
     return lines.lines, step
+
+
+def _held_out(
+    trainer: TokenTrainer, spec: Spec, events: Events, lines: StepLines, watcher: StepWatcher
+) -> HeldOutLoss | None:
+    """What measures the held-out sets while training; None where nothing is to be measured."""
+    from tasks.train.batches import BatchPlan, Rows
+    from tasks.train.compared import MarkedRows
+    from tasks.train.held_out import HeldOutLoss, HeldOutSet
+
+    names = spec.runtime.get("sets", [])
+    model: Any = trainer.model
+    vocabulary, sets = model.get_input_embeddings().num_embeddings, []
+    for number, name in enumerate(names):
+        rows = Rows(spec.inputs[f"held_out.{number}"], vocabulary, trainer.objective.pieces)
+        size = spec.runtime["per_device_eval_batch_size"]
+        plan = BatchPlan(len(rows), size, 1, trainer.args.world_size, trainer.args.seed)
+        marked = spec.settings["train"]["stage"] == "kto"
+        sets.append(HeldOutSet(name, MarkedRows(rows, plan) if marked else rows, plan))
+    return HeldOutLoss(trainer, sets, events, lines, watcher, spec.settings["train"]) if sets else None
 
 
 def _write(model: Any, spec: Spec, lines: list[dict[str, Any]], plan: BatchPlan, resumed_from: int) -> None:

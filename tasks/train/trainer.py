@@ -86,7 +86,7 @@ class TokenTrainer(Trainer):
         numbers += [sum(batch.tokens for batch in batches), sum(trained_tokens(batch) for batch in batches)]
         *units, tokens, trained = self.gather(torch.tensor([numbers], device=device)).sum(dim=0).tolist()
         rows = [row for batch in batches for row in batch.rows]
-        self.counts = StepCounts(tokens, trained, dict(zip(names, units, strict=True)), rows, self.counts.metrics)
+        self.counts = StepCounts(tokens, trained, dict(zip(names, units, strict=True)), rows)
         self._left, self._sums = num_batches, {}
         self._coming = [batch.inputs for batch in batches]
         return self._coming, torch.tensor(max(trained, 1), device=device)

@@ -76,6 +76,9 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "max_grad_norm": (0.5, TRAINED),
         "seed": (1, TRAINED),  # and fetch, where rows are kept back
         "bf16": (True, {"train", "evaluate"}),
+        "eval_steps": (3, TRAINED),
+        "early_stopping_steps": (2, TRAINED),
+        "load_best_model_at_end": (True, TRAINED),
     },
     EvaluationSettings: {
         "perplexity": (["FOLDER/more.jsonl", "FOLDER/train.jsonl"], {"fetch", "render", "tokenize", "evaluate"}),
@@ -95,6 +98,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
 TWO_SETS = ["FOLDER/train.jsonl", "FOLDER/more.jsonl"]
 BESIDE: dict[str, dict[str, Any]] = {
     **{key: {"stage": "dpo"} for key in ("pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "ref_model")},
+    **{key: {"eval_steps": 3} for key in ("early_stopping_steps", "load_best_model_at_end")},
     "simpo_gamma": {"stage": "dpo", "pref_loss": "simpo"},
     **{key: {"stage": "kto"} for key in ("kto_chosen_weight", "kto_rejected_weight")},
     "cut_answers": {"overlong": "truncate"},
@@ -162,7 +166,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 57
+    assert len(CASES) == 60
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])

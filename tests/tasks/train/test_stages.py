@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(folder: Path, stage: str, rows: int = ROWS) -> Path:
     if folder.exists():
         return folder
+    if stage == "sft":
+        return write_shards(folder, random_rows(rows, seed=rows))
     if stage == "kto":
         return write_shards(folder, random_rows(rows), "labelled", [number % 3 != 0 for number in range(rows)])
     return write_shards(folder, random_pairs(rows), "preference")
@@ -39,12 +42,16 @@ def train(folder: Path, base: Path, stage: str, die_at: int = 0, **fields: Any) 
     """Train a few steps; the line of every step."""
     inputs = {"base": base, "shards": shards(folder.parent / f"shards-{stage}", stage)}
     inputs |= {name: fields.pop(name) for name in ("adapter", "reference") if name in fields}
+    sets = fields.pop("held_out", {})
+    inputs |= {f"held_out.{number}": folder for number, folder in enumerate(sets.values())}
+    runtime = {"logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "base_name": "tiny"}
+    runtime |= {"sets": list(sets), "per_device_eval_batch_size": fields.pop("per_device_eval_batch_size", 2)}
     settings = {"stage": stage, "learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 2} | fields
     spec = write_spec(
         folder,
         {"train": TrainSettings(**settings).identity(), "packing": False, "base_digest": "base-0"},
         inputs,
-        {"logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "base_name": "tiny"},
+        runtime,
     )
     events = DyingEvents(folder / "events.jsonl", die_at) if die_at else Events(folder / "events.jsonl")
     work(Spec.read(spec), events)
@@ -98,6 +105,44 @@ def test_a_step_does_not_depend_on_how_it_is_split(base: Path, tmp_path: Path, s
         for line, wanted in zip(lines, found["1 x 4"], strict=True):  # 6 rows: every second step is short
             for value in set(line) - {"tokens_per_second"}:
                 assert line[value] == pytest.approx(wanted[value], rel=2e-4, abs=1e-5), (name, value, line["step"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "rm"])
+def test_held_out_loss_is_the_same_in_any_batches_and_changes_no_step(base: Path, tmp_path: Path, stage: str) -> None:
+    sets = {name: shards(tmp_path / name, stage, rows) for name, rows in (("one", 5), ("two", 3))}
+    alone = train(tmp_path / "alone", base, stage)
+    small = train(tmp_path / "small", base, stage, held_out=sets, eval_steps=2, per_device_eval_batch_size=1)
+    large = train(tmp_path / "large", base, stage, held_out=sets, eval_steps=2, per_device_eval_batch_size=8)
+    assert [line["loss"] for line in alone] == [line["loss"] for line in small] == [line["loss"] for line in large]
+    assert [sorted(name for name in line if "eval" in name) for line in small] == [
+        [],
+        ["eval_loss", "eval_loss/one", "eval_loss/two"],
+        ["eval_loss", "eval_loss/one", "eval_loss/two"],  # the last step is measured too
+    ]
+    for line, other in zip(small[1:], large[1:], strict=True):
+        for name in ("eval_loss", "eval_loss/one", "eval_loss/two"):
+            assert line[name] == pytest.approx(other[name], rel=1e-5)
+    if stage in ("dpo", "rm"):  # counted in pairs: 5 and 3
+        for line in small[1:]:
+            assert line["eval_loss"] == pytest.approx((5 * line["eval_loss/one"] + 3 * line["eval_loss/two"]) / 8)
+
+
+def test_the_best_weights_are_kept_and_training_ends_when_nothing_gets_better(base: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"held_out": {"x": shards(tmp_path / "x", "sft", 4)}, "eval_steps": 1, "max_steps": 40}
+    fields |= {"learning_rate": 0.05, "early_stopping_steps": 3, "load_best_model_at_end": True}
+    lines = train(tmp_path / "run", base, "sft", **fields)
+    values = [line["eval_loss"] for line in lines]
+    best = values.index(min(values)) + 1
+    assert len(lines) == best + 3 < 40  # three measurements without a better one
+    numbers = json.loads((tmp_path / "run" / "output" / "train.json").read_text())
+    assert (numbers["best_step"], numbers["best_eval_loss"]) == (best, min(values))
+    kept = tmp_path / "run" / "scratch" / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"
+    saved = tmp_path / "run" / "output" / "adapter_model.safetensors"
+    assert saved.read_bytes() == kept.read_bytes()
+    # a kill behind the last step: the run ends as before, and makes no step more
+    before = saved.read_bytes()
+    assert train(tmp_path / "run", base, "sft", **fields) == lines
+    assert saved.read_bytes() == before
 
 
 # 6 rows in steps of 2: 3 steps an epoch; killed in the middle of the second one, behind the checkpoint of step 4
