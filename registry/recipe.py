@@ -111,7 +111,7 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
         raise InputError([Problem(f"stages.{key}", f"{shown(written[key])} {rule}", cure) for key in flat], title)
     name = _name(raw.get("name", Path(title).stem), problems)
     evaluation = _record(EvaluationSettings, raw.get("evaluation", {}), lambda key: f"evaluation.{key}", problems)
-    stages, idle = {}, list[set[Problem]]()
+    stages, unused = {}, list[dict[str, Problem]]()
     for stage_name, own in written.items():
         known = len(problems)
         where = _places(str(stage_name), own, defaults, "stages" in raw)
@@ -119,10 +119,11 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
         stage, without_effect = _stage(str(stage_name), settings, where, evaluation, problems)
         own_keys = {where(ALIASES.get(key, key)) for key in own}
         problems += [problem for problem in without_effect if problem.where in own_keys]
-        idle.append(set(without_effect))
+        unused.append({problem.where: problem for problem in without_effect})
         if stage is not None and len(problems) == known:
             stages[str(stage_name)] = stage
-    problems += sorted(set.intersection(*idle), key=lambda problem: problem.where)  # a default that no stage can use
+    # a default that no stage can use
+    problems += [problem for key, problem in unused[0].items() if all(key in others for others in unused)]
     ordered = in_order(stages, problems) if len(stages) == len(written) else []
     if problems:
         raise InputError(_each_once(problems), title)

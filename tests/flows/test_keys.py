@@ -50,7 +50,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "bad_rows_limit": (0.25, LEFT_OUT),
     },
     TrainSettings: {
-        "stage": ("orpo", {"fetch", "render", "train", "evaluate"}),
+        "stage": ("orpo", {"fetch", "render", "train"}),
         "pref_loss": ("ipo", TRAINED),
         "pref_beta": (0.2, TRAINED),
         "pref_ftx": (0.5, TRAINED),
