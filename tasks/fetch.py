@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
 from registry.data_sources import DataSource
 from registry.errors import InputError, Problem
 from tasks.canonical import to_table, write_table
@@ -135,7 +133,7 @@ def fetch(work: Work) -> dict[str, Any]:
     Raises:
         InputError: a bad row under `bad_rows: fail`, too many of them, or nothing left.
     """
-    sources = source_list(work.step, work.inputs)
+    sources = source_list(work.step, work.inputs, DigestMemory(work.home.digests))
     forms = [source.form() for source in sources]
     for sentence in found_forms(work.step, sources, forms):
         work.note(sentence)
@@ -209,7 +207,7 @@ def _chunks(
                 "skip": skip,
                 "take": take,
             }
-            key = fingerprint(constant | task | {"data": blake3(raw.data).hexdigest()})
+            key = fingerprint(constant | task | {"data": raw.digest()})
             yield Chunk(key, task | {"form": number}, raw.data)
 
 

@@ -6,10 +6,11 @@ parsing them is the work, and each can be parsed by anybody, or not at all when 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import orjson
+from blake3 import blake3
 
 CHUNK_ROWS = 2000
 CHUNK_BYTES = 8_000_000
@@ -68,6 +69,12 @@ class RawChunk:
     """JSON lines, the last one ended too."""
     rows: int
     """How many there are."""
+    known_digest: str | None = field(default=None, compare=False)
+    """BLAKE3 of its data, where whoever read it has computed it."""
+
+    def digest(self) -> str:
+        """BLAKE3 of its data as 64 hex digits."""
+        return self.known_digest or blake3(self.data).hexdigest()
 
 
 class ChunkBuilder:

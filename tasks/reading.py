@@ -18,6 +18,8 @@ import numpy
 import orjson
 
 from registry.errors import InputError, Problem
+from tasks.cuts import Cuts
+from tasks.digests import DigestMemory
 from tasks.raw_rows import BAD, CHUNK_BYTES, CHUNK_ROWS, BadRow, RawChunk, RawRow, place
 from tasks.reading_arrays import array_chunks
 from tasks.reading_files import open_data, require_kind
@@ -40,19 +42,20 @@ __all__ = [
 LONG_NUMBER = re.compile(rb"\d{19}")  # may not fit 64 bits; orjson would read such an integer as a float
 
 
-def raw_chunks(path: Path) -> Iterator[RawChunk]:
+def raw_chunks(path: Path, memory: DigestMemory | None = None) -> Iterator[RawChunk]:
     """The rows of a data file, not parsed, at most `CHUNK_ROWS` or about `CHUNK_BYTES` at a time.
 
     Where a chunk ends depends only on the rows before, so appending rows to a file changes none but the last chunk.
 
     Args:
         path: .json (an array, or lines), .jsonl, .csv, .tsv, .parquet, .arrow or .txt; also compressed.
+        memory: of where files of lines were cut the last time; what is still the same there is read and not cut.
 
     Raises:
         InputError: the file is of another kind, damaged, or not what its name says.
         OSError: it cannot be read.
     """
-    kind = require_kind(path)[0]
+    kind, compression = require_kind(path)
     if kind not in (".json", ".jsonl", ".txt"):
         yield from table_chunks(path)
         return
@@ -64,8 +67,9 @@ def raw_chunks(path: Path) -> Iterator[RawChunk]:
     with open_data(path) as file:
         if array:
             yield from array_chunks(file, path)
-        else:
-            yield from text_chunks(file, path) if kind == ".txt" else line_chunks(file, path)
+            return
+        cuts = Cuts(memory, path) if memory and not compression else None
+        yield from text_chunks(file, path, cuts) if kind == ".txt" else line_chunks(file, path, cuts)
 
 
 def _require_lines(head: bytes, path: Path) -> None:
@@ -103,13 +107,16 @@ def chunk_rows(chunk: RawChunk) -> list[RawRow]:
     return rows
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: Path, memory: DigestMemory | None = None) -> int:
     """Rows of a data file, those that cannot be read among them.
+
+    Args:
+        path, memory: as for `raw_chunks`.
 
     Raises:
         InputError, OSError: as `raw_chunks`.
     """
-    return sum(chunk.rows for chunk in raw_chunks(path))
+    return sum(chunk.rows for chunk in raw_chunks(path, memory))
 
 
 def _has_long_number(data: bytes) -> bool:
