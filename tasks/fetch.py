@@ -18,7 +18,7 @@ from tasks.canonical import to_table, write_table
 from tasks.chunks import Chunk, ChunkCache, Made, link
 from tasks.digests import DigestMemory
 from tasks.download import download_step
-from tasks.fingerprint import fingerprint
+from tasks.fingerprint import fingerprints
 from tasks.formats import Form, converter
 from tasks.keeping_back import kept_back_rows, share_out
 from tasks.reading import BadRow, RawChunk, chunk_rows, place
@@ -198,6 +198,7 @@ def _chunks(
             "form": asdict(form),
             "packages": work.packages,
         }
+        key = fingerprints(constant)
         for file, raw, skip, take in source.chunks():
             origins.append((number, file))
             task = {
@@ -207,8 +208,7 @@ def _chunks(
                 "skip": skip,
                 "take": take,
             }
-            key = fingerprint(constant | task | {"data": raw.digest()})
-            yield Chunk(key, task | {"form": number}, raw.data)
+            yield Chunk(key(task | {"data": raw.digest()}), task | {"form": number}, raw.data)
 
 
 def count_usable_rows(step: Step) -> tuple[int, dict[str, int]]:
