@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class Chunk:
     """What its maker is told; plain JSON types."""
     payload: bytes = b""
     """Bytes that go with it, when they are in no file of their own."""
+    source: Callable[[], bytes] | None = None
+    """What gives the payload, when it is not read before the chunk is made."""
+
+    def loaded(self) -> Chunk:
+        """The same with its payload."""
+        return replace(self, payload=self.source(), source=None) if self.source else self
 
 
 @dataclass(frozen=True)

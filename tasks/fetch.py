@@ -21,7 +21,8 @@ from tasks.download import download_step
 from tasks.fingerprint import fingerprints
 from tasks.formats import Form, converter
 from tasks.keeping_back import kept_back_rows, share_out
-from tasks.reading import BadRow, RawChunk, chunk_rows, place
+from tasks.raw_rows import Stretch
+from tasks.reading import BadRow, RawChunk, chunk_rows, file_digest, place
 from tasks.rejects import Rejects
 from tasks.source_rows import SourceFiles, convert, converted_rows, source_list
 from tasks.steps import Input, Step, Work
@@ -92,7 +93,7 @@ def fetch_step(
 def _described(source: DataSource, data: DataSettings, memory: DigestMemory) -> dict[str, Any]:
     limits = [limit for limit in (data.max_samples, source.num_samples, source.max_rows) if limit is not None]
     return {
-        "files": [memory.blake3(file) for file in source.files],
+        "files": [file_digest(file, memory) for file in source.files],
         "formatting": source.formatting,
         "ranking": source.ranking,
         "columns": dict(source.columns),
@@ -208,7 +209,8 @@ def _chunks(
                 "skip": skip,
                 "take": take,
             }
-            yield Chunk(key(task | {"data": raw.digest()}), task | {"form": number}, raw.data)
+            given = {"source": raw.lines.read} if isinstance(raw.lines, Stretch) else {"payload": raw.lines}
+            yield Chunk(key(task | {"data": raw.digest()}), task | {"form": number}, **given)
 
 
 def count_usable_rows(step: Step) -> tuple[int, dict[str, int]]:

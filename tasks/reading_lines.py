@@ -7,7 +7,7 @@ so a file is cut as fast as it can be read.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +24,7 @@ SPACES = numpy.zeros(256, dtype=bool)
 SPACES[list(b" \t\n\r\x0b\x0c")] = True
 
 
-def line_chunks(file: BinaryIO, path: Path, cuts: Cuts | None = None) -> Iterator[RawChunk]:
+def line_chunks(file: BinaryIO, path: Path, known: Iterable[Cut] | None = None) -> Iterator[RawChunk]:
     """The lines of a file as they stand, `CHUNK_ROWS` lines or about `CHUNK_BYTES` at a time.
 
     Chunks without a row are left out. A byte order mark at the start is dropped, a last line without an end gets one.
@@ -32,23 +32,30 @@ def line_chunks(file: BinaryIO, path: Path, cuts: Cuts | None = None) -> Iterato
     Args:
         file: at its start.
         path: of the file, for messages.
-        cuts: where it was cut the last time; None: all of it is cut now.
+        known: where it is to be cut; None: that is found out now.
 
     Raises:
         InputError: the file is UTF-16, or has a line of more than `MAX_ROW_BYTES`.
     """
-    head = _start(file, path)
     row, line = 0, 1
-    for cut in _cut_anew(file, path, head) if cuts is None else _cut_again(file, path, file.tell() - len(head), cuts):
+    for cut in _cut_anew(file, path, _start(file, path)) if known is None else known:
         if cut.rows:
-            yield RawChunk(row, line, cut.data, cut.rows, cut.digest)
+            yield RawChunk(row, line, cut.data, cut.rows)
         row, line = row + cut.rows, line + cut.lines
 
 
-def _cut_again(file: BinaryIO, path: Path, offset: int, cuts: Cuts) -> Iterator[Cut]:
-    """As `_cut_anew`, from an offset on, but cuts that are proved to be those of the last time are not searched for."""
+def cut_again(file: BinaryIO, path: Path, cuts: Cuts) -> str:
+    """Cut a file of lines; what is proved to be a cut of the last time is not searched for.
+
+    Returns:
+        The file's digest, see `Cuts.keep`.
+
+    Raises:
+        InputError: as `line_chunks`.
+    """
     anew: Iterator[Cut] | None = None
-    line = 1
+    head = _start(file, path)
+    offset, line = file.tell() - len(head), 1
     while True:
         cut = cuts.earlier(file, offset)
         if cut:
@@ -60,9 +67,9 @@ def _cut_again(file: BinaryIO, path: Path, offset: int, cuts: Cuts) -> Iterator[
             cut = next(anew, None)
             if cut is None:
                 break
-        yield cuts.add(offset, cut)
-        offset, line = offset + len(cut.data), line + cut.lines
-    cuts.keep()
+        cuts.add(offset, cut)
+        offset, line = offset + cut.size, line + cut.lines
+    return cuts.keep(file.tell())
 
 
 def _cut_anew(file: BinaryIO, path: Path, buffer: bytes, line: int = 1) -> Iterator[Cut]:
@@ -126,16 +133,16 @@ def _lines(buffer: bytes) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     return starts, ends, numpy.concatenate([[0], numpy.cumsum(filled)])
 
 
-def text_chunks(file: BinaryIO, path: Path, cuts: Cuts | None = None) -> Iterator[RawChunk]:
+def text_chunks(file: BinaryIO, path: Path, known: Iterable[Cut] | None = None) -> Iterator[RawChunk]:
     """A row `{"text": line}` for every line that is not blank, in chunks of the file's lines.
 
     Args:
-        file, path, cuts: as for `line_chunks`.
+        file, path, known: as for `line_chunks`.
 
     Raises:
         InputError: as `line_chunks`.
     """
-    for chunk in line_chunks(file, path, cuts):
+    for chunk in line_chunks(file, path, known):
         lines = [_text_row(line) for line in chunk.data[:-1].split(b"\n")]
         yield RawChunk(chunk.first_row, chunk.first_line, b"\n".join(lines) + b"\n", chunk.rows)
 

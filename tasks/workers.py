@@ -237,7 +237,7 @@ def _here(run: str, settings: dict[str, Any], everything: Iterable[Chunk | Made]
             continue
         maker = maker or Maker.load(run, settings)
         target = cache.target(each.key)
-        yield _made(target, make_chunk(maker, each.task, each.payload, str(target)))
+        yield _made(target, make_chunk(maker, each.task, each.loaded().payload, str(target)))
 
 
 def _in_workers(
@@ -253,7 +253,7 @@ def _in_workers(
 
     def make(chunk: Chunk) -> Made:
         target = cache.target(chunk.key)
-        return _made(target, WORKERS.make(name, run, settings, chunk, target, busy))
+        return _made(target, WORKERS.make(name, run, settings, chunk.loaded(), target, busy))
 
     rest, waiting = iter(everything), deque[Made | Future[Made]]()
     executor = ThreadPoolExecutor(count)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
-from tasks.cuts import Cuts
+from registry.errors import InputError
+from tasks.cuts import Cut, Cuts
 from tasks.digests import DigestMemory
 from tasks.raw_rows import CHUNK_BYTES, CHUNK_ROWS
-from tasks.reading import RawChunk, count_rows, raw_chunks
-from tasks.reading_lines import BLOCK_BYTES, line_chunks
+from tasks.reading import count_rows, file_digest, known_cuts, raw_chunks
+from tasks.reading_lines import BLOCK_BYTES, cut_again
 
 Lines = list[bytes]
 COUNT = 3 * CHUNK_ROWS + 40
@@ -32,16 +34,22 @@ def lines(count: int, mark: str = "q") -> Lines:
     return [b'{"%s": %d}\n' % (mark.encode(), n) for n in range(count)]
 
 
-def chunks(path: Path, memory: DigestMemory | None = None) -> list[tuple[RawChunk, str]]:
-    return [(chunk, chunk.digest()) for chunk in raw_chunks(path, memory)]
+def chunks(path: Path, known: list[Cut] | None = None) -> list[tuple[int, int, bytes, int, str]]:
+    return [
+        (chunk.first_row, chunk.first_line, chunk.data, chunk.rows, chunk.digest()) for chunk in raw_chunks(path, known)
+    ]
 
 
-def require_the_same(path: Path, memory: DigestMemory) -> None:
-    """Chunks and digests with the memory are those without, now and once more."""
-    expected = chunks(path)
-    assert chunks(path, memory) == expected
-    assert chunks(path, memory) == expected
-    assert count_rows(path, memory) == sum(chunk.rows for chunk, _ in expected)
+def require_the_same(path: Path, memory: DigestMemory) -> str:
+    """Chunks and the file's digest, which is returned, with the memory are those without."""
+    digest = file_digest(path, memory)
+    assert digest == file_digest(path, DigestMemory(memory.path.with_name("new.sqlite")))
+    memory.path.with_name("new.sqlite").unlink()
+    known = known_cuts(path, digest, memory)
+    assert known is not None
+    assert chunks(path, known) == chunks(path)
+    assert count_rows(path, known) == count_rows(path)
+    return digest
 
 
 class Counted(io.BufferedReader):
@@ -58,10 +66,9 @@ class Counted(io.BufferedReader):
 
 
 def searched(path: Path, memory: DigestMemory) -> int:
-    """How many bytes are searched for lines, when all of a file's chunks are wanted."""
+    """How many bytes are searched for lines, when a file's digest is wanted."""
     with Counted(path) as file:
-        for _ in line_chunks(file, path, Cuts(memory, path)):
-            pass
+        cut_again(file, path, Cuts(memory, path))
         return file.searched
 
 
@@ -167,25 +174,45 @@ def test_only_what_is_new_is_searched_for_lines(tmp_path: Path, memory: DigestMe
     assert searched(path, memory) == 3 + len(rows) * size - size + 3
 
 
-def test_bytes_that_changed_under_the_old_size_and_time_are_seen(tmp_path: Path, memory: DigestMemory) -> None:
+def test_equal_bytes_have_equal_digests_and_others_have_others(tmp_path: Path, memory: DigestMemory) -> None:
+    data = b"".join(lines(COUNT))
+    given = [data, data[:-1], b"\xef\xbb\xbf" + data, data + b"\n", b"\n" + data, data[:-2] + b"\n}", b"", b"\n"]
+    digests = {}
+    for number, content in enumerate(given):
+        for name in (f"{number}.jsonl", f"{number}.txt", f"{number}.json", "overwritten.jsonl"):
+            (tmp_path / name).write_bytes(content)
+            digests[number, name] = require_the_same(tmp_path / name, memory)
+    assert len(set(digests.values())) == len(given)
+
+
+def test_bytes_that_changed_since_they_were_looked_at_are_not_taken_for_them(
+    tmp_path: Path, memory: DigestMemory
+) -> None:
     path, rows = tmp_path / "rows.jsonl", lines(COUNT)
     path.write_bytes(b"".join(rows))
     os.utime(path, (1000, 1000))
-    first = chunks(path, memory)
+    digest = file_digest(path, memory)
+    known = known_cuts(path, digest, memory)
     rows[CHUNK_ROWS + 7] = b'{"r": 2007}\n'
     with path.open("r+b") as file:
         file.write(b"".join(rows))
-    os.utime(path, (1000, 1000))
-    found = chunks(path, memory)
-    assert found == chunks(path)
-    assert [one == other for one, other in zip(first, found, strict=True)] == [True, False, True, True]
+    os.utime(path, (1000, 1000))  # the old size, time and inode: nobody does it by accident
+    assert file_digest(path, memory) == digest
+    first, second, *_ = raw_chunks(path, known)
+    assert len(first.data) == len(b"".join(lines(CHUNK_ROWS)))
+    with pytest.raises(InputError, match=r"rows.jsonl: other bytes than when it was looked at. Run again .* touch it"):
+        _ = second.data
+    os.utime(path, (2000, 2000))
+    assert require_the_same(path, memory) != digest
+    path.write_bytes(b"".join(rows[:10]))
+    assert known_cuts(path, "0" * 64, memory) is None
 
 
 def test_what_is_remembered_of_other_bytes_is_not_believed(tmp_path: Path, memory: DigestMemory) -> None:
     path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
     path.write_bytes(b"".join(lines(COUNT)))
     other.write_bytes(b"".join(lines(COUNT, "other")))
-    chunks(other, memory)
+    file_digest(other, memory)
     kept = memory.cuts(other)
     assert kept is not None
     memory.keep_cuts(path, kept)
@@ -193,9 +220,9 @@ def test_what_is_remembered_of_other_bytes_is_not_believed(tmp_path: Path, memor
     assert memory.cuts(path) != kept
     memory.keep_cuts(path, kept.replace(str(CHUNK_BYTES), "1"))  # by another rule
     require_the_same(path, memory)
-    pieces = [[0, size, 1, 1, "0" * 64] for size in (0, 1, 10**12)]
-    for piece in pieces:
-        memory.keep_cuts(path, json.dumps({"rule": [CHUNK_ROWS, CHUNK_BYTES], "pieces": [piece]}))
+    for size in (0, 1, 10**12):
+        pieces = [[0, size, 1, 1, True, "0" * 64]]
+        memory.keep_cuts(path, json.dumps({"rule": [CHUNK_ROWS, CHUNK_BYTES], "pieces": pieces}))
         require_the_same(path, memory)
 
 
@@ -213,16 +240,18 @@ def test_files_whose_rows_are_not_their_lines_are_read_whole(tmp_path: Path, mem
     data = b"".join(lines(COUNT))
     as_array = b"[" + data.replace(b"\n", b",")[:-1] + b"]"
     path.write_bytes({".gz": gzip.compress(data), ".json": as_array, ".csv": b"q,r\n" + b"1,2\n" * COUNT}[path.suffix])
-    require_the_same(path, memory)
-    assert memory.cuts(path) is None
+    digest = file_digest(path, memory)
+    assert digest == blake3(path.read_bytes()).hexdigest()
+    assert known_cuts(path, digest, memory) is None
 
 
-def test_a_file_not_read_to_its_end_keeps_what_was_known_of_it(tmp_path: Path, memory: DigestMemory) -> None:
+@pytest.mark.parametrize("data", [b"\xff\xfe{\x00}\x00", b'{\n "a": [\n1]}\n'])
+def test_a_file_that_cannot_be_read_has_a_digest_all_the_same(
+    tmp_path: Path, memory: DigestMemory, data: bytes
+) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"".join(lines(COUNT)))
-    next(iter(raw_chunks(path, memory)))
-    assert memory.cuts(path) is None
-    chunks(path, memory)
-    kept = memory.cuts(path)
-    next(iter(raw_chunks(path, memory)))
-    assert memory.cuts(path) == kept is not None
+    path.write_bytes(data)
+    digest = file_digest(path, memory)
+    assert len(digest) == 64
+    with pytest.raises(InputError):
+        list(raw_chunks(path, known_cuts(path, digest, memory)))
