@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class Chunk:
     """What its maker is told; plain JSON types."""
     payload: bytes = b""
     """Bytes that go with it, when they are in no file of their own."""
+    source: Callable[[], bytes] | None = None
+    """What gives the payload, when it is not read before the chunk is made."""
+
+    def loaded(self) -> Chunk:
+        """The same with its payload."""
+        return replace(self, payload=self.source(), source=None) if self.source else self
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,14 @@ class ChunkCache:
 
     def find(self, key: str) -> Made | None:
         """A finished chunk that is whole; None when it has to be made."""
-        path = self.folder / key[:2] / key[2:42]
+        name = f"{self.folder}/{key[:2]}/{key[2:42]}"  # no Path before it is found: they are asked for by the thousand
         try:
-            described = json.loads((path.with_name(f"{path.name}.json")).read_text(encoding="utf-8"))
-            size = path.stat().st_size
+            with open(f"{name}.json", "rb") as file:
+                described = json.loads(file.read())
+            size = os.stat(name).st_size
         except (FileNotFoundError, ValueError):  # ValueError: half a description, after a power cut
             return None
+        path = Path(name)
         if size != described["size"] or (self.deep and sha256_file(path) != described["sha256"]):
             return None
         return Made(path, size, described["sha256"], described["report"], reused=True)

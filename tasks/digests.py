@@ -11,6 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from blake3 import blake3
@@ -19,6 +20,7 @@ from tasks.fingerprint import fingerprint
 
 QUIET_SECONDS = 2.0
 CHUNK_BYTES = 1 << 20
+CACHED_BYTES = 1 << 18  # still in the processor when they are hashed
 
 
 def sha256_file(path: Path) -> str:
@@ -31,11 +33,15 @@ def sha256_file(path: Path) -> str:
 
 
 def blake3_file(path: Path) -> str:
-    """BLAKE3 of a file's bytes as 64 hex digits."""
+    """BLAKE3 of a file's bytes as 64 hex digits.
+
+    Read, not mapped: whoever shortens a mapped file ends the process that looks at it.
+    """
     digest = blake3()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    block = memoryview(bytearray(CACHED_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()
 
 
@@ -58,11 +64,20 @@ class DigestMemory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def _connection(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError:
+            self.path.unlink()
+            return self._connect()
+
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=30)
         connection.execute(
             "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT)"
         )
+        connection.execute("CREATE TABLE IF NOT EXISTS cuts (path TEXT PRIMARY KEY, pieces TEXT)")
         return connection
 
     def sha256(self, path: Path) -> str:
@@ -71,26 +86,27 @@ class DigestMemory:
         Raises:
             OSError: the file cannot be read.
         """
-        return self._remembered(path, "", sha256_file)
+        return self.remembered(path, "", sha256_file)
 
     def blake3(self, path: Path) -> str:
         """The file's BLAKE3, remembered alike: for data files, which are read again whenever rows are added.
 
         4,400 MB/s on one core of a Xeon at 2.5 GHz without SHA instructions, where sha256 makes 380.
         """
-        return self._remembered(path, "blake3:", blake3_file)
+        return self.remembered(path, "blake3:", blake3_file)
 
-    def _remembered(self, path: Path, prefix: str, compute: Callable[[Path], str]) -> str:
+    def remembered(self, path: Path, prefix: str, compute: Callable[[Path], str]) -> str:
+        """What `compute` gives for a file, from memory when path, size, mtime and inode are as they were.
+
+        Args:
+            path: the file.
+            prefix: tells one kind of digest from another.
+            compute: its result follows from the file's bytes alone.
+        """
         stat = os.stat(path)
         stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         name = f"{prefix}{path.resolve()}"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            connection = self._connect()
-        except sqlite3.DatabaseError:
-            self.path.unlink()
-            connection = self._connect()
-        try:
+        with closing(self._connection()) as connection:
             row = connection.execute(
                 "SELECT size, mtime, inode, sha256 FROM digests WHERE path = ?", (name,)
             ).fetchone()
@@ -101,8 +117,18 @@ class DigestMemory:
                 connection.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?)", (name, *stamp, digest))
                 connection.commit()
             return digest
-        finally:
-            connection.close()
+
+    def cuts(self, path: Path) -> str | None:
+        """What `keep_cuts` was last told about a file, however much has changed since."""
+        with closing(self._connection()) as connection:
+            row = connection.execute("SELECT pieces FROM cuts WHERE path = ?", (str(path.resolve()),)).fetchone()
+        return str(row[0]) if row else None
+
+    def keep_cuts(self, path: Path, pieces: str) -> None:
+        """Remember where a file was cut into chunks, see `tasks.cuts`."""
+        with closing(self._connection()) as connection:
+            connection.execute("INSERT OR REPLACE INTO cuts VALUES (?, ?)", (str(path.resolve()), pieces))
+            connection.commit()
 
     def files(self, folder: Path) -> dict[str, tuple[int, str]]:
         """Relative path → (size, sha256) of every file under a folder, hidden ones left out."""

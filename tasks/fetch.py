@@ -12,18 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
 from registry.data_sources import DataSource
 from registry.errors import InputError, Problem
 from tasks.canonical import to_table, write_table
 from tasks.chunks import Chunk, ChunkCache, Made, link
 from tasks.digests import DigestMemory
 from tasks.download import download_step
-from tasks.fingerprint import fingerprint
+from tasks.fingerprint import fingerprints
 from tasks.formats import Form, converter
 from tasks.keeping_back import kept_back_rows, share_out
-from tasks.reading import BadRow, RawChunk, chunk_rows, place
+from tasks.raw_rows import Stretch
+from tasks.reading import BadRow, RawChunk, chunk_rows, file_digest, place
 from tasks.rejects import Rejects
 from tasks.source_rows import SourceFiles, convert, converted_rows, source_list
 from tasks.steps import Input, Step, Work
@@ -94,7 +93,7 @@ def fetch_step(
 def _described(source: DataSource, data: DataSettings, memory: DigestMemory) -> dict[str, Any]:
     limits = [limit for limit in (data.max_samples, source.num_samples, source.max_rows) if limit is not None]
     return {
-        "files": [memory.blake3(file) for file in source.files],
+        "files": [file_digest(file, memory) for file in source.files],
         "formatting": source.formatting,
         "ranking": source.ranking,
         "columns": dict(source.columns),
@@ -135,7 +134,7 @@ def fetch(work: Work) -> dict[str, Any]:
     Raises:
         InputError: a bad row under `bad_rows: fail`, too many of them, or nothing left.
     """
-    sources = source_list(work.step, work.inputs)
+    sources = source_list(work.step, work.inputs, DigestMemory(work.home.digests))
     forms = [source.form() for source in sources]
     for sentence in found_forms(work.step, sources, forms):
         work.note(sentence)
@@ -200,6 +199,7 @@ def _chunks(
             "form": asdict(form),
             "packages": work.packages,
         }
+        key = fingerprints(constant)
         for file, raw, skip, take in source.chunks():
             origins.append((number, file))
             task = {
@@ -209,8 +209,8 @@ def _chunks(
                 "skip": skip,
                 "take": take,
             }
-            key = fingerprint(constant | task | {"data": blake3(raw.data).hexdigest()})
-            yield Chunk(key, task | {"form": number}, raw.data)
+            given = {"source": raw.lines.read} if isinstance(raw.lines, Stretch) else {"payload": raw.lines}
+            yield Chunk(key(task | {"data": raw.digest()}), task | {"form": number}, **given)
 
 
 def count_usable_rows(step: Step) -> tuple[int, dict[str, int]]:

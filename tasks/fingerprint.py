@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 
@@ -54,3 +54,22 @@ def canonical_json(value: Any) -> str:
 def fingerprint(value: Any) -> str:
     """sha256 of `canonical_json(value)` as 64 hex digits; the errors are those of `canonical`."""
     return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()
+
+
+def fingerprints(constant: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], str]:
+    """`fingerprint(constant | more)` as a function of `more`, for many of them.
+
+    >>> fingerprints({"b": 1, "d": 2})({"c": 3}) == fingerprint({"b": 1, "c": 3, "d": 2})
+    True
+    """
+
+    def spelled(values: Mapping[str, Any]) -> dict[str, str]:
+        return {name: f"{canonical_json(name)}:{canonical_json(value)}" for name, value in values.items()}
+
+    known = spelled(constant)
+
+    def of(more: Mapping[str, Any]) -> str:
+        parts = known | spelled(more)
+        return hashlib.sha256(f"{{{','.join(parts[name] for name in sorted(parts))}}}".encode()).hexdigest()
+
+    return of

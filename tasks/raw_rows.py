@@ -6,15 +6,21 @@ parsing them is the work, and each can be parsed by anybody, or not at all when 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+from blake3 import blake3
+
+from registry.errors import InputError, Problem
 
 CHUNK_ROWS = 2000
 CHUNK_BYTES = 8_000_000
 MAX_ROW_BYTES = 128_000_000  # a longer one is no row but a file of another kind; it bounds the memory of reading
 MAX_KEPT_BYTES = 100_000  # of a row left out
+CHANGED_CURE = "Run again when nobody writes to it; touch it if its time was set back."
 BAD = "\0bad row"  # marks the line of a row that could not be made one; it is no object, so no row of any file's own
 
 
@@ -56,6 +62,30 @@ def place(row: int, line: int) -> str:
     return f"line {line}" if line else f"row {row}"
 
 
+class Stretch(NamedTuple):
+    """Lines that lie in a file and are not read before they are wanted."""
+
+    path: Path
+    offset: int
+    size: int
+    digest: str
+    """BLAKE3 of them, the last one ended."""
+
+    def read(self) -> bytes:
+        """The lines.
+
+        Raises:
+            InputError: they are not there any more.
+        """
+        with open(self.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), self.size, self.offset)
+        if len(data) == self.size - 1:
+            data += b"\n"
+        if blake3(data).hexdigest() != self.digest:
+            raise InputError(Problem(str(self.path), "other bytes than when it was looked at", CHANGED_CURE))
+        return data
+
+
 @dataclass(frozen=True)
 class RawChunk:
     """Consecutive rows of a file, not parsed yet."""
@@ -64,10 +94,23 @@ class RawChunk:
     """0-based number of its first row in the file; blank lines do not count."""
     first_line: int
     """1-based line its data begins on; 0 for files without lines, whose places are `row N`."""
-    data: bytes
+    lines: bytes | Stretch
     """JSON lines, the last one ended too."""
     rows: int
     """How many there are."""
+
+    @property
+    def data(self) -> bytes:
+        """Its JSON lines; read now where they lie in a file.
+
+        Raises:
+            InputError: the file has changed meanwhile.
+        """
+        return self.lines.read() if isinstance(self.lines, Stretch) else self.lines
+
+    def digest(self) -> str:
+        """BLAKE3 of its data as 64 hex digits."""
+        return self.lines.digest if isinstance(self.lines, Stretch) else blake3(self.lines).hexdigest()
 
 
 class ChunkBuilder:

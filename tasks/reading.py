@@ -17,11 +17,14 @@ from typing import Any, NoReturn
 import numpy
 import orjson
 
+from registry.data_files import kind_of
 from registry.errors import InputError, Problem
+from tasks.cuts import Cut, Cuts
+from tasks.digests import DigestMemory, blake3_file
 from tasks.raw_rows import BAD, CHUNK_BYTES, CHUNK_ROWS, BadRow, RawChunk, RawRow, place
 from tasks.reading_arrays import array_chunks
 from tasks.reading_files import open_data, require_kind
-from tasks.reading_lines import line_chunks, text_chunks
+from tasks.reading_lines import cut_again, line_chunks, text_chunks
 from tasks.reading_tables import table_chunks
 
 __all__ = [
@@ -32,32 +35,35 @@ __all__ = [
     "RawRow",
     "chunk_rows",
     "count_rows",
+    "file_digest",
+    "known_cuts",
     "place",
     "raw_chunks",
     "read_rows",
 ]
 
+LINES = (".json", ".jsonl", ".txt")
 LONG_NUMBER = re.compile(rb"\d{19}")  # may not fit 64 bits; orjson would read such an integer as a float
 
 
-def raw_chunks(path: Path) -> Iterator[RawChunk]:
+def raw_chunks(path: Path, known: list[Cut] | None = None) -> Iterator[RawChunk]:
     """The rows of a data file, not parsed, at most `CHUNK_ROWS` or about `CHUNK_BYTES` at a time.
 
     Where a chunk ends depends only on the rows before, so appending rows to a file changes none but the last chunk.
 
     Args:
         path: .json (an array, or lines), .jsonl, .csv, .tsv, .parquet, .arrow or .txt; also compressed.
+        known: where a file of lines is to be cut, see `known_cuts`; its chunks are then read when they are wanted.
 
     Raises:
         InputError: the file is of another kind, damaged, or not what its name says.
         OSError: it cannot be read.
     """
     kind = require_kind(path)[0]
-    if kind not in (".json", ".jsonl", ".txt"):
+    if kind not in LINES:
         yield from table_chunks(path)
         return
-    with open_data(path) as file:
-        head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    head = _head(path)
     array = kind != ".txt" and head.startswith(b"[")
     if kind != ".txt":
         _require_lines(head, path)
@@ -65,7 +71,41 @@ def raw_chunks(path: Path) -> Iterator[RawChunk]:
         if array:
             yield from array_chunks(file, path)
         else:
-            yield from text_chunks(file, path) if kind == ".txt" else line_chunks(file, path)
+            yield from text_chunks(file, path, known) if kind == ".txt" else line_chunks(file, path, known)
+
+
+def file_digest(path: Path, memory: DigestMemory) -> str:
+    """What a data file holds, as 64 hex digits: equal for equal bytes, whatever has been read before.
+
+    It is remembered by path, size, mtime and inode. Of a file of lines that has changed, what is proved to be as it
+    was is not looked through again.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    kind, compression = kind_of(path.name) or ("", "")
+    if kind not in LINES or compression or (kind != ".txt" and _head(path).startswith(b"[")):
+        return memory.blake3(path)
+    return memory.remembered(path, "cuts:", lambda path: _digest_of_cuts(path, memory))
+
+
+def _digest_of_cuts(path: Path, memory: DigestMemory) -> str:
+    try:
+        with open_data(path) as file:
+            return cut_again(file, path, Cuts(memory, path))
+    except InputError:  # whoever reads its rows says what is wrong with it
+        return blake3_file(path)
+
+
+def known_cuts(path: Path, digest: str, memory: DigestMemory) -> list[Cut] | None:
+    """Where a file of lines is to be cut that had this digest when it was last looked at; None: nobody knows."""
+    return Cuts(memory, path).of(digest)
+
+
+def _head(path: Path) -> bytes:
+    """The start of a file's text, without byte order mark and white space."""
+    with open_data(path) as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
 
 
 def _require_lines(head: bytes, path: Path) -> None:
@@ -103,13 +143,16 @@ def chunk_rows(chunk: RawChunk) -> list[RawRow]:
     return rows
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: Path, known: list[Cut] | None = None) -> int:
     """Rows of a data file, those that cannot be read among them.
+
+    Args:
+        path, known: as for `raw_chunks`.
 
     Raises:
         InputError, OSError: as `raw_chunks`.
     """
-    return sum(chunk.rows for chunk in raw_chunks(path))
+    return sum(each.rows for each in (raw_chunks(path) if known is None else known))
 
 
 def _has_long_number(data: bytes) -> bool:

@@ -21,7 +21,7 @@ from registry.errors import InputError, Problem
 from tasks.canonical import MARKS, Row, mark_field, read_table, to_rows, write_table
 from tasks.chunks import Chunk, ChunkCache, Made, link
 from tasks.fetch import FILES, file_names
-from tasks.fingerprint import fingerprint
+from tasks.fingerprint import fingerprints
 from tasks.reading import BadRow, place
 from tasks.rejects import Rejects
 from tasks.skeleton import Skeletons, flat_bytes
@@ -270,10 +270,8 @@ def render(work: Work) -> dict[str, Any]:
         "base": work.digests["base"],
         "packages": work.packages,
     }
-    pending = [
-        Chunk(fingerprint(constant | {"input": chunk["sha256"]}), {"input": str(folder / chunk["path"])})
-        for chunk in chunks
-    ]
+    key = fingerprints(constant)
+    pending = [Chunk(key({"input": chunk["sha256"]}), {"input": str(folder / chunk["path"])}) for chunk in chunks]
     made = make_chunks(
         "tasks.render:ChunkRenderer",
         {"identity": chunk_identity, "base": str(base)},

@@ -18,7 +18,7 @@ from registry.errors import InputError, Problem
 from tasks.canonical import MARKS, read_table
 from tasks.chunks import Chunk, ChunkCache, Made, link
 from tasks.fetch import file_names
-from tasks.fingerprint import fingerprint
+from tasks.fingerprint import fingerprints
 from tasks.launch import ProgramFailed
 from tasks.mixing import mixed
 from tasks.packing import Sequences, blocks, cut_apart, one_by_one, pack
@@ -264,10 +264,8 @@ def _make(work: Work, meta: dict[str, Any], chunks: list[dict[str, Any]], librar
         "packages": work.packages,
     }
     folder = work.inputs["rendered"]
-    pending = [
-        Chunk(fingerprint(constant | {"input": chunk["sha256"]}), {"input": str(folder / chunk["path"])})
-        for chunk in chunks
-    ]
+    key = fingerprints(constant)
+    pending = [Chunk(key({"input": chunk["sha256"]}), {"input": str(folder / chunk["path"])}) for chunk in chunks]
     return make_chunks(
         "tasks.shards:ChunkTokenizer",
         settings,

@@ -13,9 +13,11 @@ from typing import Any
 
 from registry.data_sources import RowSlice
 from registry.errors import InputError
+from tasks.cuts import Cut
+from tasks.digests import DigestMemory
 from tasks.download import downloaded_files
 from tasks.formats import Converter, Form, converter, declared, detect, misfit, unknown_columns
-from tasks.reading import BadRow, RawChunk, RawRow, chunk_rows, count_rows, raw_chunks
+from tasks.reading import BadRow, RawChunk, RawRow, chunk_rows, count_rows, known_cuts, raw_chunks
 from tasks.steps import Step
 
 
@@ -27,6 +29,8 @@ class SourceFiles:
     settings: dict[str, Any]
     """Its entry in the step's identity."""
     shape: str
+    memory: DigestMemory | None = None
+    """Of where its files were cut when their digests were computed; None: they are cut now."""
 
     def form(self) -> Form:
         """How its rows are read: as declared, or found from the first row that can be read.
@@ -56,12 +60,20 @@ class SourceFiles:
         if given:
             rows = RowSlice(**given)
             if rows.needs_total:
-                start, stop = rows.bounds(sum(count_rows(file) for file in self.files))
+                start, stop = rows.bounds(self._total())
             else:
                 start, stop = rows.start or 0, rows.stop
         if most is not None:
             stop = start + most if stop is None else min(stop, start + most)
         return start, stop
+
+    def _total(self) -> int:
+        return sum(count_rows(file, self._known(number)) for number, file in enumerate(self.files))
+
+    def _known(self, number: int) -> list[Cut] | None:
+        """Where a file is to be cut to have the digest in the step's identity."""
+        digests = self.settings["files"]  # none of files that were downloaded
+        return known_cuts(self.files[number], digests[number], self.memory) if self.memory and digests else None
 
     def chunks(self) -> Iterator[tuple[int, RawChunk, int, int | None]]:
         """(number of the file, chunk, rows to leave out at its start, rows to take of the others or None for all)."""
@@ -69,7 +81,7 @@ class SourceFiles:
         before = 0
         for number, file in enumerate(self.files):
             total = 0
-            for chunk in raw_chunks(file):
+            for chunk in raw_chunks(file, self._known(number)):
                 first = before + chunk.first_row
                 if stop is not None and first >= stop:
                     return
@@ -94,18 +106,19 @@ def _fitting(form: Form, shape: str, where: str) -> Form:
     return form
 
 
-def source_list(step: Step, inputs: Mapping[str, Path]) -> list[SourceFiles]:
+def source_list(step: Step, inputs: Mapping[str, Path], memory: DigestMemory | None = None) -> list[SourceFiles]:
     """The data sets of a fetch step.
 
     Args:
         step: the step.
         inputs: folders of its download steps.
+        memory: of where files were cut into chunks.
     """
     found = []
     for number, settings in enumerate(step.identity["sources"]):
         local = [Path(file) for file in step.runtime["files"][number]]
         files = local or downloaded_files(inputs[f"source{number}"])
-        found.append(SourceFiles(files, settings, step.identity["shape"]))
+        found.append(SourceFiles(files, settings, step.identity["shape"], memory))
     return found
 
 

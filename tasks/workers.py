@@ -1,7 +1,8 @@
 """Worker processes for data steps, and the one loop that makes chunks with them.
 
 One decision: workers are plain programs (`python -m tasks.chunk_worker`) that live as long as the process that
-started them and serve all its data steps. A handful of chunks is made in this process: starting workers takes longer.
+started them and serve all its data steps. A handful of chunks is made in this process as long as there are none:
+starting them takes longer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tasks.fingerprint import fingerprint
 from tasks.launch import ProgramFailed, python_path
 from tasks.locks import check_stop
 
-FEW_CHUNKS = 3  # made without workers: a worker takes about 0.4 s to start, a chunk 0.1 s to make
+FEW_CHUNKS = 3  # no reason to start workers: a worker takes about 0.4 s to start, a chunk 0.1 s to make
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 0.7  # for chunks to be finished after a stop
 
@@ -97,6 +98,10 @@ class Workers:
         self._count = 0
         self._lock = threading.Lock()
         atexit.register(self.close)
+
+    def running(self) -> bool:
+        """Whether there are any; they have been asked before, and have tokenizers and templates loaded."""
+        return self._count > 0
 
     def start(self, count: int) -> None:
         """Have at least so many workers; returns before they are ready."""
@@ -191,14 +196,15 @@ def make_chunks(
     """
     count = workers or cores()
     found, missing = _looked_up(chunks, cache, stop), 0
+    few = 0 if WORKERS.running() else FEW_CHUNKS
     head: list[Chunk | Made] = []  # chunks to make have their payloads; of those that are there it is let go
     for each in found:
         head.append(each)
         missing += isinstance(each, Chunk)
-        if missing > FEW_CHUNKS:
+        if missing > few:
             break
     everything = chain(head, found)
-    if count == 1 or missing <= FEW_CHUNKS:
+    if count == 1 or missing <= few:
         results = _here(run, settings, everything, cache)
     else:
         WORKERS.start(count)
@@ -231,7 +237,7 @@ def _here(run: str, settings: dict[str, Any], everything: Iterable[Chunk | Made]
             continue
         maker = maker or Maker.load(run, settings)
         target = cache.target(each.key)
-        yield _made(target, make_chunk(maker, each.task, each.payload, str(target)))
+        yield _made(target, make_chunk(maker, each.task, each.loaded().payload, str(target)))
 
 
 def _in_workers(
@@ -247,7 +253,7 @@ def _in_workers(
 
     def make(chunk: Chunk) -> Made:
         target = cache.target(chunk.key)
-        return _made(target, WORKERS.make(name, run, settings, chunk, target, busy))
+        return _made(target, WORKERS.make(name, run, settings, chunk.loaded(), target, busy))
 
     rest, waiting = iter(everything), deque[Made | Future[Made]]()
     executor = ThreadPoolExecutor(count)

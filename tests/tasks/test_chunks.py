@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from registry.errors import InputError
 from registry.home import Home
 from tasks.artifacts import Artifact, Store, damage
 from tasks.chunks import Chunk, ChunkCache, forget, link, remove_unused
@@ -68,6 +69,42 @@ def test_rows_added_to_a_file_cost_the_last_chunk_and_the_new_ones(
     assert [row["rows"] for row in sequences(made["tokenize"])] == [[n] for n in range(len(rows))]
     fresh(monkeypatch, tmp_path / "other")
     assert digests(make(steps_of(model, data))) == digests(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [("inserted", 3), ("removed", 2), ("cut off", 1), ("chunk inserted", 3), ("without an end", 0)],
+)
+def test_rows_inserted_or_removed_give_what_a_first_preparation_gives(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, count: int
+) -> None:
+    rows = questions(2 * CHUNK_ROWS + 10)
+    data = write(tmp_path / "rows.jsonl", *rows)
+    made_anew(model, data)
+    if change == "inserted":
+        rows.insert(CHUNK_ROWS // 2, question("new", "row"))
+    elif change == "removed":
+        del rows[CHUNK_ROWS + 7]
+    elif change == "cut off":
+        del rows[CHUNK_ROWS + 7 :]
+    elif change == "chunk inserted":  # what is behind it is the same, and has other numbers
+        rows[CHUNK_ROWS:CHUNK_ROWS] = [question(f"new{n}", "row") for n in range(CHUNK_ROWS)]
+    write(data, *rows)
+    if change == "without an end":
+        data.write_bytes(data.read_bytes()[:-1])
+    made, counts = made_anew(model, data)
+    assert counts == dict.fromkeys(STEPS, count)
+    fresh(monkeypatch, tmp_path / "other")
+    assert digests(make(steps_of(model, data))) == digests(made)
+
+
+def test_a_file_rewritten_between_plan_and_run_is_not_taken_for_the_planned_one(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", *questions(5))
+    planned = steps_of(model, data)
+    write(data, *questions(4), question("new", "row"))
+    with pytest.raises(InputError, match=r"rows.jsonl: other bytes than when it was looked at"):
+        make(planned)
+    assert make(steps_of(model, data))["tokenize"].manifest["counts"]["rows"] == 5
 
 
 @pytest.mark.parametrize("place", [0, CHUNK_ROWS, 2 * CHUNK_ROWS + 5])

@@ -21,7 +21,7 @@ from registry.home import Home
 from tasks.chunks import Chunk, ChunkCache, Made
 from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted
-from tasks.workers import FEW_CHUNKS, make_chunks
+from tasks.workers import FEW_CHUNKS, WORKERS, make_chunks
 
 ECHO = "tests.tasks.makers:Echo"
 
@@ -71,9 +71,13 @@ def test_chunks_come_in_order_and_are_the_same_whoever_makes_them(cache: ChunkCa
     assert not list(cache.folder.rglob("*.part"))
 
 
-def test_a_handful_of_chunks_is_made_without_workers(cache: ChunkCache) -> None:
+def test_a_handful_of_chunks_is_made_without_workers_unless_they_run(cache: ChunkCache) -> None:
+    WORKERS.close()
     made = make([chunk(number) for number in range(FEW_CHUNKS)], cache)
     assert {one.report["pid"] for one in made} == {os.getpid()}
+    make([chunk(number) for number in range(10, 20)], cache)
+    (made_by_worker,) = make([chunk(20)], cache)
+    assert made_by_worker.report["pid"] != os.getpid()
 
 
 def test_payloads_of_chunks_that_are_there_are_let_go(cache: ChunkCache) -> None:
