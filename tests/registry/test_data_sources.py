@@ -242,12 +242,13 @@ def test_every_shipped_entry_is_valid_or_says_why_not() -> None:
     unusable = [name for name, entry in DATASETS.items() if "unusable" in entry.values]
     assert sorted(unusable) == ["hc3", "oasst1"]
     sources = [found(name) for name in DATASETS if name not in unusable]
-    assert len(sources) == 33
+    assert len(sources) == 35
     assert all(source.description for source in sources)
     assert all(source.licence or "no licence known" in source.description for source in sources)
     assert {source.formatting for source in sources} <= set(FORMATS)
     assert all(set(source.columns) <= set(COLUMNS) and set(source.tags) <= set(TAG_NAMES) for source in sources)
     assert [source.name for source in sources if source.ranking] == [
+        *("assistant_preferences", "assistant_preferences_held_out"),
         *("hh_rlhf", "nectar", "orca_pairs", "orca_pairs_de", "dpo_mix_en", "dpo_mix_zh"),
     ]
 
