@@ -41,7 +41,7 @@ def require_gone(processes: list[psutil.Process], seconds: float = 15.0) -> None
     assert not left, left
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240.0) -> None:
     """Wait for a moment in a run.
 
     Raises:
