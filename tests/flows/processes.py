@@ -51,7 +51,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the moment never came"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def checkpoint(home: Path) -> int:
