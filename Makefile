@@ -19,7 +19,7 @@ demo: install
 	@$(BIN)/llamatuner run demo
 
 test: install
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(TESTS)
 
 lint: install
 	@$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -119,9 +120,15 @@ def _can_join(literals: list[str], tokens: frozenset[str]) -> bool:
     if not all(literals[1:-1]):
         return True  # two texts beside each other
     before, behind = literals[:-1], literals[1:]
-    parts = [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))]
-    starts, ends = tuple({start for start, _ in parts}), tuple({end for _, end in parts})
+    starts, ends = _parts(tokens)
     return any(text.endswith(starts) for text in before) or any(text.startswith(ends) for text in behind)
+
+
+@lru_cache(maxsize=8)
+def _parts(tokens: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """With what any token can begin and end; some tokenizers have a thousand, and each form of conversation asks."""
+    parts = [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))]
+    return tuple({start for start, _ in parts}), tuple({end for _, end in parts})
 
 
 def _borders(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tasks.template_files import added_tokens
 
 ORACLE = Path(os.environ.get("LLAMATUNER_ORACLE") or Path(__file__).parents[2] / "shared" / "oracle")
 _UNPACKED = tempfile.TemporaryDirectory(prefix="llamatuner-oracle-")  # emptied when the tests end
@@ -39,6 +42,16 @@ def tokenizer_folder(name: str) -> Path:
         data = source.read_bytes()
         content = lzma.decompress(data) if source.suffix == ".xz" else data
         (folder / source.name.removesuffix(".xz")).write_bytes(content)
+    return folder
+
+
+@cache
+def template_folder(name: str) -> Path:
+    """The same with no more of tokenizer.json than its added tokens, which are all that templates need of it."""
+    whole = tokenizer_folder(name)
+    folder = Path(shutil.copytree(whole, whole.with_name(f"{name}.template"), ignore=lambda *_: ["tokenizer.json"]))
+    added = {"added_tokens": added_tokens(whole / "tokenizer.json")}
+    (folder / "tokenizer.json").write_text(json.dumps(added), encoding="utf-8")
     return folder
 
 

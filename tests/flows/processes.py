@@ -41,7 +41,7 @@ def require_gone(processes: list[psutil.Process], seconds: float = 15.0) -> None
     assert not left, left
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240.0) -> None:
     """Wait for a moment in a run.
 
     Raises:
@@ -51,7 +51,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the moment never came"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def checkpoint(home: Path) -> int:

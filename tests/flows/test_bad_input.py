@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 
 from flows.cli.app import run_app
 from tasks.devices import slow_bf16
 from tests.flows.refusals import nothing_begun, refusal, write_lines
-from tests.flows.toy import start
 
 SETTINGS: list[tuple[str, str, list[str]]] = [
     ("unknown key", "stages.sft.lerning_rate=1", ["stages.sft.lerning_rate: unknown key. Did you mean learning_rate?"]),
@@ -220,32 +216,6 @@ def test_bf16_on_a_device_without_it(
 )
 def test_a_command_line_that_cannot_be_read(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     refusal(capsys, *arguments)
-
-
-@pytest.mark.slow
-def test_an_error_found_inside_a_step_ends_every_run_as_failed(folder: Path, home: Path) -> None:
-    process = start("run", str(folder / "toy.json"), "--set", "stages.sft.cutoff_len=16", "--json")
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 2, err
-    assert "train.jsonl, line 1: 36 tokens, cutoff_len is 16" in err
-    assert "cutoff_len: none of 24 rows can be used. Raise cutoff_len, or set overlong: truncate" in err
-    assert "Traceback" not in err
-    answer = json.loads(out)
-    assert answer["status"] == "failed"
-    found = {f"{step['stage']}/{step['step']}": step["state"] for step in answer["steps"]}
-    assert found["sft/tokenize"] == "failed"
-    assert found["sft/render"] == "ran"
-    with sqlite3.connect(home / "mlflow" / "mlflow.db") as database:
-        assert {status for (status,) in database.execute("SELECT status FROM runs")} == {"FAILED"}
-    with sqlite3.connect(home / "prefect" / "prefect.db") as database:
-        assert database.execute("SELECT state_type FROM flow_run").fetchall() == [("FAILED",)]
-    assert not (home / "artifacts" / "train").exists()
-    assert [p for p in psutil.process_iter(["environ"]) if belongs(p, home)] == []
-
-
-def belongs(process: psutil.Process, home: Path) -> bool:
-    """Whether a process was started with this home."""
-    return (process.info["environ"] or {}).get("LLAMATUNER_HOME") == str(home) and process.pid != os.getpid()
 
 
 def test_bf16_on_a_processor_without_units_for_it_is_said_to_be_slow() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.flows.toy import run, states, toy_recipe
+from tests.flows.processes import mlflow_states, prefect_states
+from tests.flows.toy import LONGEST, run, start, states, toy_recipe
 
 STEPS = {
     "sft/fetch",
@@ -137,12 +140,39 @@ def test_preview_shows_what_is_trained(copied: Path) -> None:
     assert rows[1]["refused"] is None
 
 
-def test_prepare_makes_the_data_only(tmp_path: Path) -> None:
-    answer = run("prepare", str(toy_recipe(tmp_path / "recipe")))
+def test_prepare_makes_the_data_only(copied: Path, home: Path) -> None:
+    shutil.rmtree(home / "artifacts")
+    answer = run("prepare", str(copied))
     assert answer["status"] == "completed"
     assert set(states(answer)) == {
         title for title in STEPS if title.split("/")[1].split(":")[0] in ("fetch", "render", "tokenize")
     }
+
+
+@pytest.mark.slow
+def test_an_error_found_inside_a_step_ends_every_run_as_failed(copied: Path, home: Path) -> None:
+    shutil.rmtree(home / "artifacts")
+    runs, tracked = len(prefect_states(home)), len(mlflow_states(home))
+    process = start("run", str(copied), "--set", "stages.sft.cutoff_len=16", "--json")
+    out, err = process.communicate(timeout=LONGEST)
+    assert process.returncode == 2, err
+    assert "train.jsonl, line 1: 36 tokens, cutoff_len is 16" in err
+    assert "cutoff_len: none of 24 rows can be used. Raise cutoff_len, or set overlong: truncate" in err
+    assert "Traceback" not in err
+    answer = json.loads(out)
+    assert answer["status"] == "failed"
+    found = states(answer)
+    assert found["sft/tokenize"] == "failed"
+    assert found["sft/render"] == "ran"
+    assert set(mlflow_states(home)[tracked:]) == {"FAILED"}
+    assert prefect_states(home)[runs:] == ["FAILED"]
+    assert not (home / "artifacts" / "train").exists()
+    assert [p for p in psutil.process_iter(["environ"]) if belongs(p, home)] == []
+
+
+def belongs(process: psutil.Process, home: Path) -> bool:
+    """Whether a process was started with this home."""
+    return (process.info["environ"] or {}).get("LLAMATUNER_HOME") == str(home) and process.pid != os.getpid()
 
 
 def test_the_mlflow_tree_holds_inputs_params_metrics_and_the_model(done: dict[str, Path]) -> None:

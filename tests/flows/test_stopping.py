@@ -26,7 +26,7 @@ from tests.flows.processes import (
     tree,
     wait_until,
 )
-from tests.flows.toy import run, start, states, toy_recipe
+from tests.flows.toy import LONGEST, run, start, states, toy_recipe
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -35,7 +35,7 @@ TRAINED_AND_MERGED = ("artifacts/train", "artifacts/merge")
 
 def finish(process: subprocess.Popen[str], code: int) -> tuple[dict[str, Any], str]:
     """The answer of a run that ends by itself, and what it told people."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     assert "Traceback" not in err
     return (json.loads(out) if out else {}), err

@@ -13,6 +13,7 @@ from typing import Any
 from tests.tiny import tiny_model
 
 PROJECT = Path(__file__).parents[2]
+LONGEST = 600.0  # seconds for one command on a machine that has much else to do; a tenth of it when it has not
 
 
 def write_rows(path: Path, count: int, word: str = "row") -> Path:
@@ -73,7 +74,7 @@ def run(*arguments: str, code: int = 0, **environment: str) -> dict[str, Any]:
         AssertionError: it ended with another exit code, or printed more than one line.
     """
     process = start(*arguments, "--json", **environment)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     lines = out.splitlines()
     assert len(lines) <= 1, out

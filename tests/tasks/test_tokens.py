@@ -129,11 +129,11 @@ def test_the_fast_library_gives_what_the_reference_gives(name: str | None) -> No
         assert raised.value.kind == NOT_FAST
         return
     texts = texts_for(folder)
-    fast, slow = (TextEncoder(folder, frozenset(), library) for library in (FASTOKENS, TOKENIZERS))
-    assert fast.agrees(texts)
+    fast = TextEncoder(folder, frozenset(), FASTOKENS)
+    assert fast.agrees(texts)  # with the reference that it has loaded: loading it anew is what takes time here
     found = rows(fast.encode(texts))
-    for text, one, other in zip(texts, found, rows(slow.encode(texts)), strict=True):
-        assert one == other == slowly(slow, text), text
+    for text, one in zip(texts, found, strict=True):
+        assert one == slowly(fast, text), text
     assert rows(fast.encode(texts[::-1])) == found[::-1]  # what it remembers of earlier texts changes nothing
     if fast.bos:
         for text, (ids, _) in zip(texts, found, strict=True):
