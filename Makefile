@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install lock clean help bench-data
+.PHONY: demo test lint install lock clean help bench-data bench-train
 
 help:
 	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time about 8 minutes on 2 cores)"
 	@echo "make test   run the whole test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench-data   time data preparation beside TRL's (about 6 minutes; needs the oracle folder)"
+	@echo "make bench-train MODEL=FOLDER   time LoRA training beside TRL's (about 10 minutes; needs the oracle folder)"
 	@echo "make lock   write requirements.lock anew from what pyproject.toml allows"
 
 install:
@@ -28,6 +29,9 @@ lint: install
 
 bench-data: install
 	@$(BIN)/python -m tests.benchmarks.data $(BENCH)
+
+bench-train: install
+	@$(BIN)/python -m tests.benchmarks.train $(MODEL) $(BENCH)
 
 lock:
 	@$(PYTHON) deployments/lock.py

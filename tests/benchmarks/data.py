@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import threading
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.benchmarks.machine import machine
 
 PROJECT = Path(__file__).parents[2]
 ORACLE = Path(os.environ.get("LLAMATUNER_ORACLE") or PROJECT.parent / "shared" / "oracle")
@@ -189,10 +190,8 @@ def large(rows: int, root: Path) -> dict[str, Any]:
 
 def report(small: dict[str, Any], many: dict[str, Any] | None) -> str:
     """The table of the documentation."""
-    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in facts if line.startswith("model name")), "?")
     lines = [
-        f"{platform.python_version()} on {os.cpu_count()} cores of {cpu}, load {os.getloadavg()[0]:.1f} at the end",
+        machine(),
         "",
         f"| {small['rows']:,} alpaca rows, {small['tokens']:,} tokens, packed to {CUTOFF} | seconds | rows/s | fill |",
         "|---|---|---|---|",
