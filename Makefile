@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install lock clean help bench-data bench-train
+.PHONY: demo test lint install lock clean help docs bench-data bench-train
 
 help:
 	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time about 8 minutes on 2 cores)"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench-data   time data preparation beside TRL's (about 6 minutes; needs the oracle folder)"
 	@echo "make bench-train MODEL=FOLDER   time LoRA training beside TRL's (about 10 minutes; needs the oracle folder)"
+	@echo "make docs   write docs/settings.md anew from the settings"
 	@echo "make lock   write requirements.lock anew from what pyproject.toml allows"
 
 install:
@@ -29,6 +30,9 @@ lint: install
 
 bench-data: install
 	@$(BIN)/python -m tests.benchmarks.data $(BENCH)
+
+docs: install
+	@$(BIN)/python -m registry.settings_page > docs/settings.md
 
 bench-train: install
 	@$(BIN)/python -m tests.benchmarks.train $(MODEL) $(BENCH)
