@@ -22,6 +22,11 @@ def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     when something of that name exists there, or when it can be nothing else.
     """
 
+    stages = raw.get("stages")
+    own = [stage for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+    # with a dataset_dir a data file that is not here may be there; without one the error names the recipe's folder
+    file_here = not any("dataset_dir" in settings for settings in (raw, *own))
+
     def absolute(value: Any, must: bool) -> Any:
         if not isinstance(value, str) or not value:
             return value
@@ -41,8 +46,8 @@ def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             return wanted
         head, at, split = wanted.rpartition("@")  # of `rows.jsonl@train[:100]`
         if at and kind_of(head) and not kind_of(wanted):
-            return f"{absolute(head, False)}@{split}"
-        return absolute(wanted, False)
+            return f"{absolute(head, file_here)}@{split}"
+        return absolute(wanted, file_here and kind_of(wanted) is not None)
 
     def mended(settings: Mapping[str, Any]) -> dict[str, Any]:
         changed = dict(settings)
