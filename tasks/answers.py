@@ -52,12 +52,20 @@ class Chat:
     """An id to fill up with; any will do, it is masked."""
 
     @classmethod
-    def from_folder(cls, folder: Path, template: str | None = None) -> Chat:
+    def from_folder(
+        cls,
+        folder: Path,
+        template: str | None = None,
+        default_system: str | None = None,
+        enable_thinking: bool | None = None,
+    ) -> Chat:
         """The chat of a model.
 
         Args:
             folder: tokenizer.json, tokenizer_config.json, generation_config.json, config.json, chat template.
             template: Jinja text to use instead of the model's own.
+            default_system: system message in front of each question; None leaves it to the template.
+            enable_thinking: variable of that name for the template; None leaves it to the template.
 
         Raises:
             InputError: there is no usable template.
@@ -65,7 +73,8 @@ class Chat:
         from tasks.template import ChatTemplate
         from tasks.tokens import added_bos, load_tokenizer
 
-        chat_template = ChatTemplate.from_folder(folder, text=template)
+        variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        chat_template = ChatTemplate.from_folder(folder, template, variables, default_system)
         tokenizer = load_tokenizer(folder)
 
         def render(question: str) -> str:

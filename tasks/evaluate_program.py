@@ -50,7 +50,8 @@ def work(spec: Spec, events: Events) -> None:
     from tasks.scoring import Shards, perplexity, score_rows
 
     lap("import")
-    chat = Chat.from_folder(tokenizer_folder(spec), settings.get("template")) if settings["questions"] else None
+    given = {name: settings.get(name) for name in ("template", "default_system", "enable_thinking")}
+    chat = Chat.from_folder(tokenizer_folder(spec), **given) if settings["questions"] else None
     events.emit("note", text="loading the model")
     model = load(spec)
     lap("load")

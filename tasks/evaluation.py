@@ -43,7 +43,13 @@ def evaluate_step(
     inputs = {f"set.{index}": Input(step, SHARD_FILES) for index, step in enumerate(sets.values())}
     kind = STAGES[settings.train.stage]
     questions = evaluation.questions if kind.makes_text else ()
-    answers = {"max_new_tokens": evaluation.max_new_tokens, "template": settings.template}
+    data = settings.data
+    answers = {
+        "max_new_tokens": evaluation.max_new_tokens,
+        "template": settings.template,
+        "default_system": data.default_system,
+        "enable_thinking": data.enable_thinking,
+    }
     return Step(
         stage=stage,
         name=name,

@@ -182,6 +182,16 @@ def test_a_prompt_has_exactly_one_bos(folder: Path, written_by_template: bool) -
     assert chat.prompt("hi") == [257, *b"hi"]
 
 
+def test_a_question_has_the_system_message_and_the_variables_of_the_rows(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ 'think' if enable_thinking else 'no' }}"
+    )
+    chat = Chat.from_folder(folder, template, "Be brief.", enable_thinking=False)
+    assert chat.render("Who?") == "system:Be brief.;user:Who?;no"
+    assert Chat.from_folder(folder, template, enable_thinking=True).render("Who?") == "user:Who?;think"
+
+
 def test_the_chat_of_a_folder_renders_with_its_template(folder: Path) -> None:
     chat = Chat.from_folder(folder)
     wanted = [START, *b"user\nhi", END, *b"\n", START, *b"assistant\n"]
