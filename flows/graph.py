@@ -9,6 +9,7 @@ from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.recipe import Recipe, StageSettings
 from registry.stages import METHODS, STAGES
+from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
 from tasks.evaluation import evaluate_step, shape_of
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
@@ -84,7 +85,7 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
     stages: dict[str, StageSteps] = {}
     befores: dict[str, Step] = {}
     from_base = sum(settings.model.model is None for settings in recipe.stages)
-    for settings in recipe.stages:
+    for settings in map(settled, recipe.stages):
         start = _start(settings.model.model, settings, stages, recipe, home)
         reference = None
         if settings.train.ref_model is not None:
@@ -102,6 +103,12 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
     ends = [*(stage.evaluated or stage.model for stage in stages.values()), *befores.values()]
     pipeline = Pipeline(recipe, tuple(upstream(ends)), stages, befores)
     return build_strict(pipeline) if strict_versions else pipeline
+
+
+def settled(settings: StageSettings) -> StageSettings:
+    """The settings of a stage with the number of processes: as set, or one per visible CUDA device."""
+    processes = settings.train.nproc_per_node or max(1, len(cuda_devices()))
+    return replace(settings, train=settings.train.model_copy(update={"nproc_per_node": processes}))
 
 
 def _start(

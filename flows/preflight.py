@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from flows.graph import Pipeline
@@ -57,6 +58,12 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
                 problems += error.problems
             slow = None if cuda_devices() or not CPU_INFO.exists() else slow_bf16(CPU_INFO.read_text(encoding="utf-8"))
             notes += [f"stages.{name}.bf16: {slow}"] if slow else []
+        if stage.settings.train.fsdp and not cuda_devices():
+            rule = "fsdp needs CUDA devices: accelerate has it for no processor"
+            problems.append(Problem(f"stages.{name}.fsdp", rule, "Use deepspeed, or remove it."))
+        if stage.settings.train.deepspeed and find_spec("deepspeed") is None:
+            cure = "pip install deepspeed"
+            problems.append(Problem(f"stages.{name}.deepspeed", "the package deepspeed is not installed", cure))
     problems += _template_problems(lines)
     if problems:
         raise InputError(problems)

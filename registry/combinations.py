@@ -52,8 +52,11 @@ NEEDS: tuple[Need, ...] = (
     Need(("kto_chosen_weight", "kto_rejected_weight"), {"stage": ("kto",)}),
     Need(("early_stopping_steps", "load_best_model_at_end"), {"eval_steps": SET}),
     Need(("ref_model",), {"stage": WITH_REFERENCE}),
+    Need(("deepspeed",), {"deepspeed": SET}, refused=False),
+    Need(("fsdp",), {"fsdp": SET}, refused=False),
 )
 
+# `zero_stage` is what the config that `deepspeed` names divides (`registry.deepspeed.zero_stage`); None without one.
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "packing",
@@ -84,6 +87,33 @@ REFUSALS: tuple[Refusal, ...] = (
         {"pref_loss": ("exo_pair",), "dpo_label_smoothing": UNSET, "stage": ("dpo",)},
         "exo_pair takes the logarithm of dpo_label_smoothing, which is 0",
         "Set dpo_label_smoothing: 0.001, the value of its paper (arXiv:2402.00856).",
+    ),
+    Refusal(
+        "fsdp",
+        {"fsdp": SET, "deepspeed": SET},
+        "fsdp and deepspeed both divide the memory among processes",
+        "Choose one.",
+    ),
+    *(
+        Refusal(
+            "load_best_model_at_end",
+            {"load_best_model_at_end": (True,), launcher: SET},
+            f"{launcher} cannot put the weights of an earlier checkpoint back into a model that it has divided",
+            f"Remove load_best_model_at_end, or {launcher}.",
+        )
+        for launcher in ("deepspeed", "fsdp")
+    ),
+    Refusal(
+        "deepspeed",
+        {"zero_stage": (3,), "quant_bit": SET},
+        "ZeRO-3 divides weights, and the scales of a quantised one do not go with its parts",
+        "Use deepspeed: zero2, or remove quant_bit.",
+    ),
+    Refusal(
+        "fsdp",
+        {"fsdp": SET, "quant_bit": SET},
+        "FSDP divides weights, and the scales of a quantised one do not go with its parts",
+        "Use deepspeed: zero2, or remove quant_bit.",
     ),
 )
 

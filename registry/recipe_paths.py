@@ -54,8 +54,9 @@ def absolute_paths(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         for key, must in PATHS.items():
             if key in changed:
                 changed[key] = absolute(changed[key], must)
-        if str(changed.get("template", "")).endswith(".jinja"):
-            changed["template"] = absolute(changed["template"], True)
+        for key, ending in (("template", ".jinja"), ("deepspeed", ".json")):
+            if str(changed.get(key, "")).endswith(ending):
+                changed[key] = absolute(changed[key], True)
         for key in ("dataset", "eval_dataset", "perplexity"):
             value = changed.get(key)
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value

@@ -37,6 +37,16 @@ def minus_one_is_unset(value: Any) -> Any:
     return None if value == -1 and not isinstance(value, bool) else value
 
 
+def full_shard_is_true(value: Any) -> Any:
+    """`full_shard` and `full_shard auto_wrap` as people write them for transformers; an empty text is nothing."""
+    return (
+        {"": False, "full_shard": True, "full_shard auto_wrap": True}.get(value, value)
+        if isinstance(value, str)
+        else value
+    )
+
+
+FullShard = Annotated[bool, BeforeValidator(full_shard_is_true)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_numbers)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 Steps = Annotated[int, Field(ge=1, lt=2**31)]

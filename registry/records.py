@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from registry.combinations import without_effect
+from registry.deepspeed import deepspeed_config, zero_stage
 from registry.loss_records import LossSettings
 from registry.method_records import MethodSettings
-from registry.record import Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
+from registry.record import FullShard, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
 
 
 class ModelSettings(Record):
@@ -137,8 +138,15 @@ class TrainSettings(MethodSettings, LossSettings):
     """Sequences per process in one forward pass."""
     gradient_accumulation_steps: Steps = 1
     """Forward passes per optimizer step."""
-    nproc_per_node: Steps = 1
-    """Training processes on this machine; more than one are started by torchrun."""
+    nproc_per_node: Steps | None = None
+    """Training processes on each machine, started by torchrun when more than one; nothing means one per visible CUDA
+    device, and 1 without any."""
+    deepspeed: Text | None = None
+    """DeepSpeed's division of memory among processes: `zero0` to `zero3`, `zero2_offload`, `zero3_offload`, or a
+    DeepSpeed JSON file, whose content counts."""
+    fsdp: FullShard = False
+    """Weights, gradients and optimizer state divided among CUDA devices by PyTorch (FSDP, version 2); `full_shard` is
+    another word for true."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     """Peak learning rate."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
@@ -165,13 +173,22 @@ class TrainSettings(MethodSettings, LossSettings):
     """Weights of the frozen base and arithmetic in bfloat16; LoRA matrices and optimizer state stay float32."""
 
     def global_batch_size(self) -> int:
-        """Sequences per optimizer step: per device x accumulation x processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.nproc_per_node
+        """Sequences per optimizer step of one machine: per device x accumulation x processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * (self.nproc_per_node or 1)
+
+    def zero_stage(self) -> int | None:
+        """What DeepSpeed divides among processes (`registry.deepspeed.zero_stage`); None without DeepSpeed."""
+        return zero_stage(deepspeed_config(self.deepspeed)) if self.deepspeed else None
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change the weights: derived values filled in, those without effect left out."""
+        """The settings that change the weights: derived values filled in, those without effect left out.
+
+        The number of processes is 1 unless it is set: who knows the devices sets it first (`flows.graph`).
+        """
         fields = self.model_dump(mode="json", exclude={"ref_model"})  # an input of the step, whatever its name
         fields["lora_alpha"] = self.resolved_lora_alpha()
+        fields["nproc_per_node"] = self.nproc_per_node or 1
+        fields["deepspeed"] = deepspeed_config(self.deepspeed) if self.deepspeed else None
         for name in without_effect(fields):
             fields.pop(name)
         return fields
@@ -195,6 +212,8 @@ class RuntimeSettings(Record):
 
     dataset_dir: Text | None = None
     """Folder with `dataset_info.yaml` or `dataset_info.json` and data files; relative to the recipe file."""
+    force_torchrun: bool = False
+    """Start training with torchrun also where one process is enough; FORCE_TORCHRUN=1 in the environment as well."""
     preprocessing_num_workers: Steps | None = None
     """Processes that prepare data; nothing means one per core."""
     logging_steps: Steps = 1

@@ -20,6 +20,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 class Device:
     """A CUDA device as the driver describes it."""
 
+    uuid: str
     name: str
     capability: tuple[int, int]
     memory_mib: int
@@ -34,25 +35,54 @@ def cuda_devices() -> tuple[Device, ...]:
     """
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return ()
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=uuid,name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     if answer.returncode != 0:
         raise RuntimeError(f"nvidia-smi failed: {(answer.stderr or answer.stdout).strip()}")
-    return parse_devices(answer.stdout)
+    return visible(parse_devices(answer.stdout), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def parse_devices(text: str) -> tuple[Device, ...]:
     """The devices in nvidia-smi's answer.
 
-    >>> parse_devices("Tesla T4, 7.5, 15360")
-    (Device(name='Tesla T4', capability=(7, 5), memory_mib=15360),)
+    >>> parse_devices("GPU-7a, Tesla T4, 7.5, 15360")
+    (Device(uuid='GPU-7a', name='Tesla T4', capability=(7, 5), memory_mib=15360),)
     """
     devices = []
     for line in filter(None, map(str.strip, text.splitlines())):
-        name, capability, memory = (part.strip() for part in line.rsplit(",", 2))
+        uuid, rest = line.split(",", 1)
+        name, capability, memory = (part.strip() for part in rest.rsplit(",", 2))
         major, _, minor = capability.partition(".")
-        devices.append(Device(name, (int(major), int(minor)), int(memory)))
+        devices.append(Device(uuid.strip(), name, (int(major), int(minor)), int(memory)))
     return tuple(devices)
+
+
+def visible(devices: tuple[Device, ...], wanted: str | None) -> tuple[Device, ...]:
+    """The devices that a program sees.
+
+    Args:
+        devices: all of the machine, in the driver's order.
+        wanted: CUDA_VISIBLE_DEVICES, numbers or starts of UUIDs; as for CUDA, nothing behind one that there is not.
+            A MIG slice is described by the machine's first device.
+
+    >>> one, two = (Device(f"GPU-{n}", "L4", (8, 9), 23034) for n in "ab")
+    >>> [device.uuid for device in visible((one, two), "1,7,0")]
+    ['GPU-b']
+    """
+    if wanted is None:
+        return devices
+    found: list[Device] = []
+    for name in map(str.strip, wanted.split(",")):
+        if name.isdigit():
+            chosen = devices[int(name) : int(name) + 1]
+        elif name.startswith("MIG-"):
+            chosen = devices[:1]
+        else:
+            chosen = tuple(device for device in devices if name and device.uuid.startswith(name))[:1]
+        if not chosen:
+            break
+        found += chosen
+    return tuple(found)
 
 
 def require_bf16(devices: tuple[Device, ...], where: str) -> None:

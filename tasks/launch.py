@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 
 from tasks.locks import check_stop
-from tasks.program import LAUNCHER_PID, Spec, disk_full, disk_is_full
+from tasks.nodes import Nodes
+from tasks.program import LAUNCHER_PID, Spec, disk_full, disk_is_full, ended_by
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL; below the 30 s after which Prefect kills the flow itself
@@ -47,12 +48,11 @@ class ProgramFailed(Exception):
         return self.kind in RETRIED
 
 
-def command(module: str, spec: Path, processes: int = 1) -> list[str]:
-    """The command line of a program: plain Python, or torchrun on a free port when it has several processes."""
-    if processes == 1:
+def command(module: str, spec: Path, processes: int = 1, nodes: Nodes | None = None) -> list[str]:
+    """The command line of a program: plain Python, or torchrun when it has several processes or `nodes` are given."""
+    if processes == 1 and nodes is None:
         return [sys.executable, "-m", module, str(spec)]
-    torchrun = ["--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    return [sys.executable, "-m", "tasks.ranks", *torchrun, "-m", module, str(spec)]
+    return [sys.executable, "-m", "tasks.ranks", *(nodes or Nodes()).torchrun(processes), "-m", module, str(spec)]
 
 
 def run_program(
@@ -63,6 +63,7 @@ def run_program(
     stop: threading.Event | None = None,
     processes: int = 1,
     deadline: float | None = None,
+    nodes: Nodes | None = None,
 ) -> None:
     """Run a program to its end.
 
@@ -74,6 +75,7 @@ def run_program(
         stop: when set, the program is ended and `Interrupted` raised.
         processes: ranks on this machine.
         deadline: most seconds it may take.
+        nodes: the machines it runs on; given, it is started by torchrun.
 
     Raises:
         ProgramFailed: it failed, was killed, or took too long.
@@ -90,7 +92,7 @@ def run_program(
     kills = memory_kills()
     with open(log_path, "ab") as log, open(spec.events, encoding="utf-8") as events:
         child = subprocess.Popen(
-            command(module, spec_path, processes),
+            command(module, spec_path, processes, nodes),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -187,7 +189,6 @@ def _failure(module: str, spec: Spec, code: int, log_path: Path) -> ProgramFaile
     if disk_is_full():
         return ProgramFailed("disk_full", disk_full(f"{module} ended with exit code {code}"))
     if code < 0:
-        why = "for want of memory, or by hand" if code == -9 else "from outside"
-        return ProgramFailed("killed", f"{module} was ended by signal {-code} ({why}); its last lines:\n{tail}")
+        return ProgramFailed("killed", f"{module} {ended_by(-code)}; its last lines:\n{tail}")
     kind = "lost_port" if "EADDRINUSE" in tail or "address already in use" in tail.lower() else "unexpected"
     return ProgramFailed(kind, f"{module} ended with exit code {code}; its last lines ({log_path}):\n{tail}")

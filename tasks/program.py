@@ -76,14 +76,14 @@ class ProgramError(Exception):
 
 
 class Events:
-    """Appends events for the launching task; only rank 0 writes.
+    """Appends events for the launching task; of several ranks on a machine only the first one writes.
 
     Every event is one JSON line with a `kind`: `progress` (`step`, `total`, and numbers to show), `metrics`
     (`step`, `values`), `note` (`text`).
     """
 
     def __init__(self, path: str | Path) -> None:
-        first_rank = os.environ.get("RANK", "0") == "0"
+        first_rank = os.environ.get("LOCAL_RANK", "0") == "0"
         # lives as long as the program
         self._file = open(path, "a", encoding="utf-8") if first_rank else None  # noqa: SIM115
 
@@ -124,6 +124,16 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(error, MemoryError) or any(words in text.lower() for words in NO_MEMORY):
         return "out_of_memory", text
     return "unexpected", text
+
+
+def ended_by(number: int) -> str:
+    """What a signal means, behind the name of what it ended.
+
+    >>> ended_by(9)
+    'was ended by signal 9 (for want of memory, or by hand)'
+    """
+    why = "for want of memory, or by hand" if number == signal.SIGKILL else "from outside"
+    return f"was ended by signal {number} ({why})"
 
 
 def disk_is_full() -> bool:

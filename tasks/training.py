@@ -12,6 +12,7 @@ from typing import Any
 
 from registry.recipe import StageSettings
 from tasks.launch import ProgramFailed, run_program
+from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
 from tasks.steps import RESUME_FILE, Input, Step, Work
 
 TRAIN_VERSION = 1  # first form
@@ -21,7 +22,7 @@ TOO_LITTLE_MEMORY = (
     "One sequence at a time is too much for this memory. Lower cutoff_len or lora_rank, train fewer weights "
     "(finetuning_type: lora, quant_bit: 4), or use a smaller model."
 )
-TRAINING_RUNTIME = {"logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"}
+TRAINING_RUNTIME = {"logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size", "force_torchrun"}
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
@@ -37,6 +38,8 @@ def train_step(
 ) -> Step:
     """The step that trains.
 
+    The number of machines comes from the environment; it changes what a step holds, so it enters the key.
+
     Args:
         label: its name for people.
         base_name: the base's registry name, hub id or folder name, for the adapter's card.
@@ -47,6 +50,7 @@ def train_step(
         adapter: a LoRA adapter to continue from.
         held_out: data set name → tokenize step of what is measured while training.
     """
+    nodes = nodes_of_environment()
     inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
     sets = held_out or {}
     inputs |= {f"held_out.{number}": Input(step, SHARD_FILES) for number, step in enumerate(sets.values())}
@@ -57,7 +61,7 @@ def train_step(
         version=TRAIN_VERSION,
         label=label,
         identity={
-            "train": settings.train.identity(),
+            "train": settings.train.identity() | ({"nnodes": nodes.count} if nodes.count > 1 else {}),
             "packing": shards.identity["packing"],
             "template": settings.template,
         },
@@ -84,8 +88,10 @@ def train(work: Work) -> dict[str, Any]:
     while True:
         spec.runtime["micro_batch"] = size
         try:
-            processes = settings["nproc_per_node"]
-            run_program("tasks.train.program", spec, work.folder, work.emit, work.stop, processes=processes)
+            processes, nodes = settings["nproc_per_node"], _nodes(work)
+            run_program(
+                "tasks.train.program", spec, work.folder, work.emit, work.stop, processes=processes, nodes=nodes
+            )
             break
         except ProgramFailed as error:
             if error.kind != "out_of_memory":
@@ -111,6 +117,14 @@ def next_smaller(size: int, whole: int) -> int | None:
     [3, 1, None]
     """
     return next((part for part in range(size // 2, 0, -1) if whole % part == 0), None)
+
+
+def _nodes(work: Work) -> Nodes | None:
+    """The machines that train, where torchrun has to start the program; None where one plain process does."""
+    settings, nodes = work.identity["train"], nodes_of_environment()
+    alone = settings["nproc_per_node"] == nodes.count == 1 and "deepspeed" not in settings and "fsdp" not in settings
+    forced = work.step.runtime["force_torchrun"] or torchrun_is_forced()
+    return None if alone and not forced else nodes
 
 
 def merge_step(stage: str, label: str, base: Input, trained: Step) -> Step:

@@ -82,13 +82,14 @@ def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:
         # else the model's template and tokenizer, or the rows, are not here yet
         if isinstance(base, LocalFolder) and not steps_behind(step)[0].inputs:
             data[step.title] = count_usable(step, base.path)
-    for stage in recipe.stages:
-        batch = stage.train
+    for name, stage in pipeline.stages.items():
+        batch, nodes = stage.settings.train, stage.trained.identity["train"].get("nnodes", 1)
         console.print(
             Text(
-                f"{stage.name}: {batch.per_device_train_batch_size} per device"
+                f"{name}: {batch.per_device_train_batch_size} per device"
                 f" x {batch.gradient_accumulation_steps} accumulation"
-                f" x {batch.nproc_per_node} processes = {batch.global_batch_size()} sequences per optimizer step"
+                f" x {batch.nproc_per_node} processes{f' x {nodes} machines' if nodes > 1 else ''}"
+                f" = {batch.global_batch_size() * nodes} sequences per optimizer step"
             )
         )
     console.print(Text(f"{recipe.name}: good", style="green"))

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -35,7 +35,7 @@ class StepLines:
     `tokens` and `trained_tokens` count from the beginning of the run; `loss` is that step's own, per trained token.
 
     Args:
-        path: the file; None on processes other than the first, which record nothing.
+        path: the file; None on processes other than the first of a machine, which record nothing.
         step: the step of the checkpoint that is resumed from; lines behind it are dropped, as they will be made again.
 
     Raises:
@@ -126,7 +126,7 @@ class StepWatcher(TrainerCallback):
             return
         counts = self.trainer.counts
         require_finite_step(state.global_step, logs, counts.rows)
-        if args.process_index > 0:
+        if args.local_process_index > 0:
             return
         now = time.perf_counter()
         before = self.lines.lines[-1] if self.lines.lines else {"tokens": 0, "trained_tokens": 0}
@@ -135,7 +135,7 @@ class StepWatcher(TrainerCallback):
             "epoch": logs["epoch"],
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
+            **{name: logs[name] for name in ("grad_norm",) if name in logs},  # DeepSpeed's stage 0 tells none
             "tokens": before["tokens"] + counts.tokens,
             "trained_tokens": before["trained_tokens"] + counts.trained,
             "tokens_per_second": round(counts.tokens / max(now - self.clock, 1e-9), 2),
@@ -157,8 +157,8 @@ class StepWatcher(TrainerCallback):
 class CheckpointKeeper(TrainerCallback):
     """Marks a checkpoint whole when every process has written its part, then lets older ones go."""
 
-    def __init__(self, root: Path, keep: int, lines: StepLines, best: bool = False) -> None:
-        self.root, self.keep, self.lines, self.best = root, keep, lines, best
+    def __init__(self, root: Path, keep: int, lines: StepLines, required: Set[str], best: bool = False) -> None:
+        self.root, self.keep, self.lines, self.required, self.best = root, keep, lines, required, best
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called after Trainer has written `checkpoint-N`."""
@@ -168,9 +168,9 @@ class CheckpointKeeper(TrainerCallback):
             torch.distributed.barrier()
         if args.should_save:
             self.lines.sync()
-            mark_whole(self.root / f"checkpoint-{state.global_step}", args.world_size)
+            mark_whole(self.root / f"checkpoint-{state.global_step}", self.required)
             best = best_line(self.lines.lines) if self.best else None
-            rotate(self.root, self.keep, args.world_size, best["step"] if best else None)
+            rotate(self.root, self.keep, self.required, best["step"] if best else None)
 
 
 class Leaving(TrainerCallback):
@@ -217,7 +217,7 @@ def require_finite_step(step: int, logs: dict[str, float], rows: Sequence[int] =
         ProgramError: `not_finite`.
     """
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        if not math.isfinite(logs[name]):
+        if name in logs and not math.isfinite(logs[name]):
             raise ProgramError(
                 "not_finite",
                 f"{words} is not finite at step {step}: {logs[name]} at learning rate "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.stages import METHODS, STAGES
-from tasks.program import Events, ProgramError, Spec, main
+from tasks.program import Events, Spec, main
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -43,6 +43,7 @@ def work(spec: Spec, events: Events) -> None:
     _determinism(settings["seed"])
     from tasks.train.batches import Rows
     from tasks.train.model import build_model, require_separation
+    from tasks.train.processes import whole_weights
 
     events.emit("note", text="loading model")
     model = build_model(settings, spec.inputs["base"], spec.settings["base_digest"], spec.inputs.get("adapter"))
@@ -58,13 +59,11 @@ def work(spec: Spec, events: Events) -> None:
         print(plan.sentence(total), flush=True)
     events.emit("note", text=plan.sentence(total))
     lines, resumed_from = _train(trainer, spec, events, total)
-    if trainer.args.process_index == 0:
-        model.config.use_cache = use_cache
-        _write(trainer.model, spec, lines, plan, resumed_from)
-    if trainer.args.world_size > 1:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
+    model.config.use_cache = use_cache
+    first = trainer.args.local_process_index == 0
+    with whole_weights(trainer.model, keep=first):
+        if first:
+            _write(trainer.model, spec, lines, plan, resumed_from)
 
 
 def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int) -> TokenTrainer:
@@ -114,17 +113,13 @@ def _determinism(seed: int) -> None:
 def _plan(settings: dict[str, Any], rows: int, micro_batch: int) -> BatchPlan:
     """The batch arithmetic; a smaller micro-batch than asked for, where memory ran out, makes more of them."""
     from tasks.train.batches import BatchPlan
+    from tasks.train.processes import count_processes
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes != settings["nproc_per_node"]:
-        raise ProgramError(
-            "bad_setting", f"nproc_per_node is {settings['nproc_per_node']}, the program was started {processes} times"
-        )
     return BatchPlan(
         rows=rows,
         per_device=micro_batch,
         accumulation=settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // micro_batch,
-        processes=processes,
+        processes=count_processes(settings),
         seed=settings["seed"],
     )
 
@@ -133,6 +128,8 @@ def _arguments(spec: Spec, plan: BatchPlan, total: int) -> TrainingArguments:
     """Trainer's arguments: its own logging, saving of extras, progress bars and reporting are off."""
     import torch
     from transformers import TrainingArguments
+
+    from tasks.train.processes import process_arguments
 
     settings, cpu = spec.settings["train"], not torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -156,8 +153,7 @@ def _arguments(spec: Spec, plan: BatchPlan, total: int) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if cpu and settings["nproc_per_node"] > 1 else None,
-        use_cpu=cpu,
+        **process_arguments(settings, cpu),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one GPU; Trainer would wrap more in DataParallel
     return arguments
@@ -168,14 +164,15 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     from transformers import PrinterCallback
 
     from tasks.train.callbacks import CheckpointKeeper, Leaving, StepLines, StepWatcher
-    from tasks.train.checkpoints import newest_whole, remove_damaged, step_of
+    from tasks.train.checkpoints import remove_damaged, step_of
+    from tasks.train.processes import newest_common, required_here
 
-    root, processes = Path(spec.scratch) / CHECKPOINTS, trainer.args.world_size
-    first = trainer.args.process_index == 0
+    root, required = Path(spec.scratch) / CHECKPOINTS, required_here(spec.settings["train"], trainer.args.world_size)
+    first = trainer.args.local_process_index == 0
     if first:
-        for reason in remove_damaged(root, processes):
+        for reason in remove_damaged(root, required):
             events.emit("note", text=reason)
-    checkpoint = newest_whole(root, processes)
+    checkpoint = newest_common(root, required)
     step = (step_of(checkpoint) or 0) if checkpoint else 0
     if step:
         events.emit("note", text=f"resumed from step {step}")
@@ -184,7 +181,7 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     watcher.repeat()
     trainer.remove_callback(PrinterCallback)
     best = bool(spec.settings["train"].get("load_best_model_at_end"))
-    trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines, best))
+    trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines, required, best))
     trainer.add_callback(watcher)
     leaving = Leaving(trainer)
     trainer.add_callback(leaving)
@@ -244,5 +241,14 @@ def _write(model: Any, spec: Spec, lines: list[dict[str, Any]], plan: BatchPlan,
         write_json(report / "resume.json", {"resumed_from": resumed_from})
 
 
+def _work_and_part(spec: Spec, events: Events) -> None:
+    """Train, then take leave of the other processes."""
+    work(spec, events)
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(work)
+    main(_work_and_part)

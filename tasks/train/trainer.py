@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from tasks.train.batches import Batch, BatchPlan, MicroBatchSampler, make_loader
 from tasks.train.objectives import Objective, Sums, trained_tokens
+from tasks.train.processes import whole_weights
 
 
 @dataclass
@@ -98,7 +99,7 @@ class TokenTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """This process's part of the step's loss, times the processes: DistributedDataParallel averages gradients."""
+        """This process's part of the step's loss, times the processes: all launchers average gradients."""
         if self._coming:  # not where the batches are read: Trainer restores the random state behind that
             self.objective.prepare(model, self._coming, self.gather)
             self._coming = []
@@ -129,9 +130,10 @@ class TokenTrainer(Trainer):
         """Not counted."""
         return 0
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights of a checkpoint, without the pickled arguments that Trainer puts beside them."""
         from tasks.train.output import save_weights
 
-        if self.args.should_save:
-            save_weights(self.model, Path(output_dir or str(self.args.output_dir)))
+        with whole_weights(self.model, keep=self.args.should_save):
+            if self.args.should_save:
+                save_weights(self.model, Path(output_dir or str(self.args.output_dir)))

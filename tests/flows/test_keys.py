@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.graph import build
+from registry.deepspeed import FOLDER as DEEPSPEED
 from registry.home import Home
 from registry.loading import load_recipe
 from registry.records import DataSettings, EvaluationSettings, ModelSettings, RuntimeSettings, TrainSettings
 from tasks.artifacts import select
+from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
 from tasks.steps import LocalFolder
 from tests.flows.toy import write_rows
@@ -67,6 +71,8 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "per_device_train_batch_size": (2, TRAINED),
         "gradient_accumulation_steps": (2, TRAINED),
         "nproc_per_node": (2, TRAINED),
+        "deepspeed": ("zero2", TRAINED),
+        "fsdp": (True, TRAINED),
         "learning_rate": (1e-3, TRAINED),
         "num_train_epochs": (1.0, TRAINED),
         "max_steps": (9, TRAINED),
@@ -91,6 +97,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "logging_steps": (7, NOTHING),
         "save_steps": (7, NOTHING),
         "save_total_limit": (7, NOTHING),
+        "force_torchrun": (True, NOTHING),
         "preprocessing_num_workers": (7, NOTHING),
         "per_device_eval_batch_size": (7, NOTHING),
     },
@@ -166,7 +173,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 60
+    assert len(CASES) == 63
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
@@ -177,6 +184,51 @@ def test_a_field_changes_these_keys_and_no_others(
     setting = beside | {name: placed(value, folder)}
     after = identities(folder, evaluation=setting) if record is EvaluationSettings else identities(folder, setting)
     assert changed(identities(folder, beside), after) == kinds
+
+
+def test_the_number_of_processes_is_that_of_the_visible_devices_unless_it_is_set(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def processes(**stage: Any) -> int:
+        cuda_devices.cache_clear()
+        found: int = identities(folder, stage)["sft/train"][1]["train"]["nproc_per_node"]
+        return found
+
+    lines = "".join(f"GPU-{number}, NVIDIA L4, 8.9, 23034\n" for number in range(4))
+    tool = tmp_path / "nvidia-smi"  # stands for the driver's tool, not for code of ours
+    tool.write_text(f"#!/bin/sh\nprintf '{lines}'")
+    tool.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert processes() == 1
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert processes() == 4
+    assert processes(nproc_per_node=2) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
+    assert processes() == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert processes() == 1
+    cuda_devices.cache_clear()
+
+
+def test_several_machines_count_and_their_place_to_meet_does_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = identities(folder)
+    for name, value in {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    together = identities(folder)
+    assert changed(alone, together) == TRAINED
+    assert together["sft/train"][1]["train"]["nnodes"] == 2
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.2")
+    assert changed(together, identities(folder)) == NOTHING
+
+
+def test_a_deepspeed_file_counts_by_its_content(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    shutil.copyfile(DEEPSPEED / "zero2.json", mine)
+    by_name, by_path = (identities(folder, {"deepspeed": wanted}) for wanted in ("zero2", str(mine)))
+    assert changed(by_name, by_path) == NOTHING
+    mine.write_text('{"zero_optimization": {"stage": 1}}')
+    assert changed(by_path, identities(folder, {"deepspeed": str(mine)})) == TRAINED
 
 
 def test_a_hub_model_counts_by_name_and_revision(folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from tasks.launch import PROJECT, ProgramFailed, command, run_program
 from tasks.locks import Interrupted
+from tasks.nodes import Nodes
 from tasks.program import Spec
 
 TREE = """
@@ -114,6 +116,7 @@ def test_a_program_dies_with_the_process_that_launched_it(program: Any) -> None:
     module, spec, folder = program(TREE)
     code = f"""
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from tasks.launch import run_program
 from tasks.program import Spec
@@ -140,3 +143,75 @@ def test_several_processes_are_started_by_torchrun_on_a_free_port(tmp_path: Path
     assert line[1:3] == ["-m", "tasks.ranks"]
     assert "--rdzv-endpoint=127.0.0.1:0" in line
     assert command("tasks.train.program", tmp_path / "spec.json", 1)[1:3] == ["-m", "tasks.train.program"]
+
+
+def test_a_program_on_several_machines_is_started_where_they_meet(tmp_path: Path) -> None:
+    line = command("tasks.train.program", tmp_path / "spec.json", 1, Nodes(2, 1, "10.0.0.1", 29666))
+    assert line[1:3] == ["-m", "tasks.ranks"]
+    assert {"--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29666"} <= set(line)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_and_is_named_as_the_cause(program: Any) -> None:
+    module, spec, folder = program(
+        """
+        import os, signal, time
+        from tasks.program import main
+        def work(spec, events):
+            events.emit("note", text=str(os.getpid()))
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1.0)
+            raise ConnectionError("Connection closed by peer")  # what a rank says that lost another one
+        main(work)
+        """
+    )
+    pids: list[int] = []
+    with pytest.raises(ProgramFailed, match=r"rank 1 was ended by signal 9 \(for want of memory") as caught:
+        run_program(module, spec, folder, lambda event: pids.append(int(event["text"])), processes=2)
+    assert (caught.value.kind, caught.value.retried) == ("killed", True)
+    assert gone(pids[0])
+
+
+@pytest.mark.slow
+def test_a_cause_that_a_rank_wrote_stays_the_cause(program: Any) -> None:
+    module, spec, folder = program(
+        """
+        import os, time
+        from tasks.program import ProgramError, main
+        def work(spec, events):
+            if os.environ["RANK"] == "1":
+                raise ProgramError("not_finite", "loss is not finite at step 3")
+            time.sleep(120)
+        main(work)
+        """
+    )
+    began = time.monotonic()
+    with pytest.raises(ProgramFailed, match="loss is not finite at step 3"):
+        run_program(module, spec, folder, lambda event: None, processes=2)
+    assert time.monotonic() - began < 60  # most of it is the import of torch, twice
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_meet_at_ports_of_their_own(program: Any, tmp_path: Path) -> None:
+    module, spec, _ = program(
+        """
+        import os
+        from tasks.program import main
+        main(lambda spec, events: events.emit("note", text=os.environ["MASTER_PORT"]))
+        """
+    )
+    ports: list[str] = []
+
+    def job(name: str) -> None:
+        folder = tmp_path / name
+        folder.mkdir()
+        own = replace(spec, events=str(folder / "events"), failure=str(folder / "failure"))
+        run_program(module, own, folder, lambda event: ports.append(event["text"]), processes=2)
+
+    jobs = [threading.Thread(target=job, args=(name,)) for name in ("one", "other")]
+    for thread in jobs:
+        thread.start()
+    for thread in jobs:
+        thread.join()
+    assert len(set(ports)) == 2

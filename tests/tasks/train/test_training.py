@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM
 
 from registry.records import TrainSettings
 from tasks.program import Events, ProgramError, Spec
-from tasks.train.checkpoints import mark_whole, newest_whole, remove_damaged, rotate
+from tasks.train.checkpoints import mark_whole, newest_whole, remove_damaged, required_files, rotate
 from tasks.train.output import check_saved_model
 from tasks.train.program import work
 from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 torch.set_num_threads(1)  # on matrices this small two threads mostly wait for each other
 PROJECT = Path(__file__).resolve().parents[3]
+ALONE = required_files(range(1), 1)  # of a run of one process
 GOLDEN = [6.117196, 6.448291, 6.205514, 6.124713]  # float32, seed 42, 12 rows in steps of 2
 
 
@@ -203,16 +204,16 @@ def test_a_checkpoint_without_optimizer_state_is_not_whole(tmp_path: Path) -> No
         return folder
 
     for step in (9, 10, 11):
-        mark_whole(checkpoint(step), 1)
+        mark_whole(checkpoint(step), ALONE)
     (tmp_path / "checkpoint-11" / "optimizer.pt").unlink()
-    assert newest_whole(tmp_path, 1) == tmp_path / "checkpoint-10"
-    assert newest_whole(tmp_path, 2) is None  # the random states of two processes are not there
-    rotate(tmp_path, 1, 1)
+    assert newest_whole(tmp_path, ALONE) == tmp_path / "checkpoint-10"
+    assert newest_whole(tmp_path, required_files(range(2), 2)) is None  # the random states of two are not there
+    rotate(tmp_path, 1, ALONE)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-11"}
-    assert remove_damaged(tmp_path, 1) == ["removed checkpoint-11: optimizer.pt does not have the 12 bytes it had"]
+    assert remove_damaged(tmp_path, ALONE) == ["removed checkpoint-11: optimizer.pt does not have the 12 bytes it had"]
     (checkpoint(12) / "scheduler.pt").unlink()
     with pytest.raises(FileNotFoundError, match="scheduler"):
-        mark_whole(tmp_path / "checkpoint-12", 1)
+        mark_whole(tmp_path / "checkpoint-12", ALONE)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -282,7 +283,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(inputs: dict[str
         run(spec)
     assert error.value.kind == "not_finite"
     root = tmp_path / "scratch" / "checkpoints"
-    assert newest_whole(root, 1) == root / "checkpoint-1"
+    assert newest_whole(root, ALONE) == root / "checkpoint-1"
     assert not (tmp_path / "output" / "train.json").exists()
 
 

@@ -1,0 +1,204 @@
+"""DistributedDataParallel, DeepSpeed and several machines: real processes, on a tiny model, with the numbers of one.
+
+One decision: all runs of two processes are made in one start (`tests.tasks.train.several`), because importing torch
+costs more than they do; runs of one process are made in this one.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from registry.records import TrainSettings
+from tasks.launch import ProgramFailed, run_program
+from tasks.nodes import Nodes
+from tasks.program import Events, ProgramError, Spec
+from tasks.train.checkpoints import required_files
+from tasks.train.processes import count_processes, process_arguments
+from tasks.train.program import work
+from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
+
+torch.set_num_threads(1)
+STEPS = 4
+RUNS = [
+    *((stage, method, launcher) for stage in ("sft", "dpo") for method in ("lora", "full")
+      for launcher in ("ddp", "zero2", "zero3")),
+    *((stage, "lora", "zero3") for stage in ("rm", "kto", "orpo")),
+    ("kto", "full", "zero3"),
+    ("sft", "full", "zero0"),
+    ("sft", "full", "zero1"),
+]  # fmt: skip
+
+
+class Runs:
+    """Where the runs lie, and what they begin with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = tiny_model(folder / "base")
+        marks = [number % 3 != 0 for number in range(6)]
+        pairs = write_shards(folder / "pairs", random_pairs(6), "preference")  # the second step is short: 4 and 2 rows
+        self.shards = dict.fromkeys(("dpo", "rm", "orpo"), pairs) | {
+            "sft": write_shards(folder / "rows", random_rows(6)),
+            "kto": write_shards(folder / "marked", random_rows(6), "labelled", marks),
+        }
+
+    def spec(self, name: str, stage: str, save_steps: int = 100, **fields: Any) -> Path:
+        """The spec of a run."""
+        fields = {"max_steps": STEPS, "learning_rate": 1e-2, "stage": stage} | fields
+        nodes = {"nnodes": fields.pop("nnodes")} if "nnodes" in fields else {}
+        settings = {"train": TrainSettings(**fields).identity() | nodes, "packing": False, "base_digest": "base-0"}
+        runtime = {"logging_steps": 1, "save_steps": save_steps, "save_total_limit": 2, "base_name": "tiny"}
+        return write_spec(self.folder / name, settings, {"base": self.base, "shards": self.shards[stage]}, runtime)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The line of every step of a run."""
+        return read_lines(self.folder / name / "scratch" / "metrics.jsonl")
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        """What a run saved."""
+        (file,) = (self.folder / name / "output").glob("*.safetensors")
+        return load_file(file)
+
+
+def launch(spec: Path, module: str = "tasks.train.program", **arguments: Any) -> None:
+    """Run a program as the task does."""
+    run_program(module, Spec.read(spec), spec.parent, arguments.pop("on_event", lambda event: None), **arguments)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """One run of every stage and method on one process, and of every launcher on two, of the same global batch."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    made = Runs(tmp_path_factory.mktemp("launchers"))
+    for stage, method in dict.fromkeys((stage, method) for stage, method, _ in RUNS):
+        fields = {"finetuning_type": method, "gradient_accumulation_steps": 4}
+        spec = Spec.read(made.spec(f"{stage}-{method}-one", stage, **fields))
+        work(spec, Events(spec.events))
+    specs = []
+    for stage, method, launcher in RUNS:
+        fields = {"finetuning_type": method, "gradient_accumulation_steps": 2, "nproc_per_node": 2}
+        fields |= {} if launcher == "ddp" else {"deepspeed": launcher}
+        specs.append(str(made.spec(f"{stage}-{method}-{launcher}", stage, **fields)))
+    several = write_spec(made.folder / "several", {"specs": specs}, {}, {})
+    launch(several, "tests.tasks.train.several", processes=2, deadline=600)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "method", "launcher"), RUNS, ids=["-".join(run) for run in RUNS])
+def test_two_processes_have_the_losses_and_weights_of_one(runs: Runs, stage: str, method: str, launcher: str) -> None:
+    name = f"{stage}-{method}"
+    one, two = runs.lines(f"{name}-one"), runs.lines(f"{name}-{launcher}")
+    assert len(two) == STEPS
+    for line, wanted in zip(two, one, strict=True):
+        for value in set(wanted) - {"tokens_per_second"} - ({"grad_norm"} if launcher == "zero0" else set()):
+            assert line[value] == pytest.approx(wanted[value], rel=2e-4, abs=1e-5), (value, line["step"])
+    saved, wanted_weights = runs.weights(f"{name}-{launcher}"), runs.weights(f"{name}-one")
+    assert saved.keys() == wanted_weights.keys()
+    for weight, tensor in saved.items():
+        assert tensor.dtype == wanted_weights[weight].dtype
+        torch.testing.assert_close(tensor, wanted_weights[weight], rtol=1e-3, atol=1e-3)
+    numbers = [(runs.folder / f"{name}-{way}" / "output" / "train.json").read_text() for way in ("one", launcher)]
+    assert [text.count("parameters") for text in numbers] == [2, 2]
+    counts = [[line for line in text.splitlines() if "parameters" in line] for text in numbers]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+def test_a_run_with_a_killed_rank_ends_at_once_and_is_resumed_to_the_same_bytes(runs: Runs, launcher: str) -> None:
+    fields = {"deepspeed": launcher, "nproc_per_node": 2, "max_steps": 40, "finetuning_type": "lora"}
+    launch(runs.spec(f"whole-{launcher}", "sft", **fields), processes=2)
+    spec = runs.spec(f"killed-{launcher}", "sft", save_steps=2, **fields)
+    died: list[float] = []
+
+    def kill_the_second_rank(event: dict[str, Any]) -> None:
+        if event["kind"] == "progress" and event["step"] >= 3 and not died:
+            for child in psutil.Process().children(recursive=True):
+                if str(spec) in child.cmdline() and child.environ().get("RANK") == "1":
+                    child.kill()
+                    died.append(time.monotonic())
+
+    with pytest.raises(ProgramFailed, match="rank 1 was ended by signal 9") as caught:
+        launch(spec, processes=2, on_event=kill_the_second_rank)
+    assert time.monotonic() - died[0] < 20
+    assert caught.value.retried
+    notes: list[str] = []
+    launch(spec, processes=2, on_event=lambda event: notes.append(event.get("text", "")))
+    resumed = [text for text in notes if text.startswith("resumed from step")]
+    assert len(resumed) == 1
+    whole, again = (
+        {
+            path.name: path.read_bytes()
+            for path in (runs.folder / f"{name}-{launcher}" / "output").iterdir()
+            if path.is_file()
+        }
+        for name in ("whole", "killed")
+    )
+    assert again == whole
+
+
+@pytest.mark.slow
+def test_two_machines_train_to_the_weights_of_one_with_two_processes(runs: Runs) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    fields = {"gradient_accumulation_steps": 2, "nproc_per_node": 1, "nnodes": 2}
+    specs = [runs.spec(f"node-{rank}", "sft", save_steps=2, **fields) for rank in range(2)]
+
+    def machine(rank: int) -> None:
+        launch(specs[rank], nodes=Nodes(2, rank, "127.0.0.1", port), deadline=300)
+
+    other = threading.Thread(target=machine, args=(1,))
+    other.start()
+    machine(0)
+    other.join()
+    wanted = runs.weights("sft-lora-ddp")
+    for rank in range(2):  # each machine has the whole artifact, and whole checkpoints, in its own folder
+        saved = runs.weights(f"node-{rank}")
+        assert all(torch.equal(saved[name], tensor) for name, tensor in wanted.items())
+        checkpoint = runs.folder / f"node-{rank}" / "scratch" / "checkpoints" / f"checkpoint-{STEPS}"
+        assert {"whole.json", f"rng_state_{rank}.pth"} <= {path.name for path in checkpoint.iterdir()}
+
+
+def test_what_a_checkpoint_must_hold_depends_on_who_keeps_the_optimizer() -> None:
+    common = {"scheduler.pt", "trainer_state.json"}
+    assert required_files(range(1), 1) == common | {"optimizer.pt", "rng_state.pth"}
+    assert required_files(range(2, 4), 4) == common | {"optimizer.pt", "rng_state_2.pth", "rng_state_3.pth"}
+    assert required_files(range(1), 1, "zero2") == common | {
+        "rng_state.pth",
+        "latest",
+        "global_step*/*zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    }
+
+
+def test_another_number_of_processes_than_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert count_processes({"nproc_per_node": 1, "nnodes": 2}) == 2
+    with pytest.raises(ProgramError, match="nproc_per_node is 1 on 1 machines, the program was started 2 times"):
+        count_processes({"nproc_per_node": 1})
+
+
+def test_fsdp_without_cuda_is_refused_with_the_reason() -> None:
+    with pytest.raises(ProgramError, match="fsdp needs CUDA devices: accelerate has it for no processor"):
+        process_arguments({"fsdp": True}, cpu=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP needs a CUDA device, see docs/launching.md")
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fsdp_on_one_device_has_the_losses_of_a_run_without(runs: Runs, method: str) -> None:
+    fields = {"finetuning_type": method, "gradient_accumulation_steps": 4, "fsdp": True}
+    launch(runs.spec(f"fsdp-{method}", "sft", **fields), nodes=Nodes())
+    losses = [[line["loss"] for line in runs.lines(name)] for name in (f"fsdp-{method}", f"sft-{method}-one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert runs.weights(f"fsdp-{method}").keys() == runs.weights(f"sft-{method}-one").keys()
