@@ -86,9 +86,6 @@ def run_program(
     for leftover in (spec.events, spec.failure):
         Path(leftover).unlink(missing_ok=True)
     Path(spec.events).touch()
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    environment |= {LAUNCHER_PID: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
     kills = memory_kills()
     with open(log_path, "ab") as log, open(spec.events, encoding="utf-8") as events:
         child = subprocess.Popen(
@@ -96,7 +93,7 @@ def run_program(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=_environment(processes),
             start_new_session=True,
         )
         tree = _Tree(child)
@@ -125,6 +122,13 @@ def memory_kills() -> int:
     counters = Path("/proc/vmstat")
     lines = counters.read_text(encoding="ascii").splitlines() if counters.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """The environment of a program whose ranks share the cores."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    return environment | {LAUNCHER_PID: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
 
 
 class _Tree:

@@ -88,7 +88,7 @@ def train(work: Work) -> dict[str, Any]:
     while True:
         spec.runtime["micro_batch"] = size
         try:
-            processes, nodes = settings["nproc_per_node"], _nodes(work)
+            processes, nodes = settings["nproc_per_node"], nodes_for(settings, work.step.runtime["force_torchrun"])
             run_program(
                 "tasks.train.program", spec, work.folder, work.emit, work.stop, processes=processes, nodes=nodes
             )
@@ -119,12 +119,16 @@ def next_smaller(size: int, whole: int) -> int | None:
     return next((part for part in range(size // 2, 0, -1) if whole % part == 0), None)
 
 
-def _nodes(work: Work) -> Nodes | None:
-    """The machines that train, where torchrun has to start the program; None where one plain process does."""
-    settings, nodes = work.identity["train"], nodes_of_environment()
+def nodes_for(settings: dict[str, Any], forced: bool) -> Nodes | None:
+    """The machines that train, where torchrun has to start the program; None where one plain process does.
+
+    Args:
+        settings: `TrainSettings.identity()`.
+        forced: use torchrun in any case.
+    """
+    nodes = nodes_of_environment()
     alone = settings["nproc_per_node"] == nodes.count == 1 and "deepspeed" not in settings and "fsdp" not in settings
-    forced = work.step.runtime["force_torchrun"] or torchrun_is_forced()
-    return None if alone and not forced else nodes
+    return None if alone and not (forced or torchrun_is_forced()) else nodes
 
 
 def merge_step(stage: str, label: str, base: Input, trained: Step) -> Step:

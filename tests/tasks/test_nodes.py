@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from registry.errors import InputError
+from registry.records import TrainSettings
 from tasks.devices import Device, visible
 from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
+from tasks.training import nodes_for
 
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
 CARDS = tuple(Device(f"GPU-{name}", "L4", (8, 9), 23034) for name in ("aa", "ab", "b"))
@@ -59,6 +61,20 @@ def test_an_environment_that_cannot_be_right_is_refused(environment: dict[str, s
 @pytest.mark.parametrize(("value", "forced"), [("1", True), ("true", True), ("0", False), ("", False)])
 def test_torchrun_can_be_forced(value: str, forced: bool) -> None:
     assert torchrun_is_forced({"FORCE_TORCHRUN": value}) is forced
+
+
+def test_one_plain_process_is_started_without_torchrun_and_anything_else_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NNODES", "FORCE_TORCHRUN", "MAX_RESTARTS"):
+        monkeypatch.delenv(name, raising=False)
+    one = TrainSettings().identity()
+    assert nodes_for(one, forced=False) is None
+    assert nodes_for(one, forced=True) == Nodes()
+    for settings in ({"nproc_per_node": 2}, {"deepspeed": "zero2"}, {"fsdp": True}):
+        assert nodes_for(TrainSettings(**settings).identity(), forced=False) == Nodes()
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    assert nodes_for(one, forced=False) == Nodes()
 
 
 @pytest.mark.parametrize(
