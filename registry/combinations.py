@@ -56,7 +56,6 @@ NEEDS: tuple[Need, ...] = (
     Need(("fsdp",), {"fsdp": SET}, refused=False),
 )
 
-# `zero_stage` is what the config that `deepspeed` names divides (`registry.deepspeed.zero_stage`); None without one.
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "packing",
@@ -102,18 +101,6 @@ REFUSALS: tuple[Refusal, ...] = (
             f"Remove load_best_model_at_end, or {launcher}.",
         )
         for launcher in ("deepspeed", "fsdp")
-    ),
-    Refusal(
-        "deepspeed",
-        {"zero_stage": (3,), "quant_bit": SET},
-        "ZeRO-3 divides weights, and the scales of a quantised one do not go with its parts",
-        "Use deepspeed: zero2, or remove quant_bit.",
-    ),
-    Refusal(
-        "fsdp",
-        {"fsdp": SET, "quant_bit": SET},
-        "FSDP divides weights, and the scales of a quantised one do not go with its parts",
-        "Use deepspeed: zero2, or remove quant_bit.",
     ),
 )
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from registry.combinations import without_effect
-from registry.deepspeed import deepspeed_config, zero_stage
+from registry.deepspeed import deepspeed_config
 from registry.loss_records import LossSettings
 from registry.method_records import MethodSettings
 from registry.record import FullShard, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
@@ -175,10 +175,6 @@ class TrainSettings(MethodSettings, LossSettings):
     def global_batch_size(self) -> int:
         """Sequences per optimizer step of one machine: per device x accumulation x processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * (self.nproc_per_node or 1)
-
-    def zero_stage(self) -> int | None:
-        """What DeepSpeed divides among processes (`registry.deepspeed.zero_stage`); None without DeepSpeed."""
-        return zero_stage(deepspeed_config(self.deepspeed)) if self.deepspeed else None
 
     def identity(self) -> dict[str, Any]:
         """The settings that change the weights: derived values filled in, those without effect left out.
