@@ -200,7 +200,7 @@ def test_bf16_on_a_device_without_it(
 ) -> None:
     (folder / "bin").mkdir()
     tool = folder / "bin" / "nvidia-smi"  # stands in for the driver's own
-    tool.write_text("#!/bin/sh\necho 'Tesla T4, 7.5, 15360'\n")
+    tool.write_text("#!/bin/sh\necho 'GPU-7a, Tesla T4, 7.5, 15360'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
