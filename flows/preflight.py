@@ -8,9 +8,11 @@ from flows.graph import Pipeline
 from flows.planning import PlannedStep
 from registry.errors import InputError, Problem
 from registry.home import Home
+from registry.machine import machine_problems
 from registry.models import MODELS
 from tasks.devices import CPU_INFO, cuda_devices, require_bf16, slow_bf16
 from tasks.fetch import count_usable_rows
+from tasks.model import quantised_reason
 from tasks.render import RowRenderer
 from tasks.steps import LocalFolder
 from tasks.template import DEFAULT_DATE, Refusal, compile_template
@@ -40,7 +42,8 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         What will work and not as one would like, a sentence each.
 
     Raises:
-        InputError: too little disk, bf16 on a device without it, a template that does not compile.
+        InputError: too little disk, bf16 on a device without it, a template that does not compile, a method for which a
+            package or device is missing, a base that is quantised already.
     """
     problems: list[Problem] = []
     notes: list[str] = []
@@ -57,10 +60,26 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
                 problems += error.problems
             slow = None if cuda_devices() or not CPU_INFO.exists() else slow_bf16(CPU_INFO.read_text(encoding="utf-8"))
             notes += [f"stages.{name}.bf16: {slow}"] if slow else []
-    problems += _template_problems(lines)
+    problems += _template_problems(lines) + _method_problems(pipeline, lines)
     if problems:
         raise InputError(problems)
     return notes
+
+
+def _method_problems(pipeline: Pipeline, lines: list[PlannedStep]) -> list[Problem]:
+    """Settings that this machine lacks something for, and bases on this disk that cannot be trained on."""
+    problems: list[Problem] = []
+    made = {id(line.step) for line in lines if line.state == "cached"}
+    for name, stage in pipeline.stages.items():
+        if id(stage.trained) in made:
+            continue
+        for rule, cure in machine_problems(stage.settings.train.identity(), bool(cuda_devices())):
+            problems.append(Problem(f"stages.{name}", rule, cure))
+        base = stage.trained.inputs["base"].source
+        reason = quantised_reason(base.path) if isinstance(base, LocalFolder) else None
+        if reason:
+            problems.append(Problem(f"stages.{name}.model_name_or_path", *reason))
+    return problems
 
 
 def require_rows(lines: list[PlannedStep]) -> None:
