@@ -23,7 +23,9 @@ from tasks.train.reward import SCORE_HEAD
 
 BASE_RECORD = "base.json"  # beside every adapter and model: the digest of the base weights it was made on
 ALL, DEFAULT = "all", "default"
-PISSA: Any = "pissa_niter_16"  # randomised singular values, as exact as float32 after 16 iterations
+PISSA: Any = (
+    "pissa_niter_16"  # singular values by 16 rounds of a randomised method, as in LLaMA-Factory: seconds, not hours
+)
 CLASSIFIER_NAMES = {"classifier", "score"}  # what PEFT adds to modules_to_save of a model with a score head
 
 
@@ -108,8 +110,8 @@ def tied(model: Any) -> bool:
 
 
 def resolve_whole(model: Any, asked: list[str]) -> list[str]:
-    """The modules of `additional_target`, trained whole; of a tied model's embedding and head the embedding stands for
-    both.
+    """Full names of the modules of `additional_target`, trained whole; of a tied model's embedding and head the
+    embedding stands for both. PEFT takes ends of names without their dots: `norm` would be `input_layernorm` too.
 
     Raises:
         ProgramError: `bad_setting` for a name that matches no module with weights, or quantised weights.
@@ -119,9 +121,9 @@ def resolve_whole(model: Any, asked: list[str]) -> list[str]:
     }
     names = set()
     pair = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding = next(name for name, module in modules.items() if module is pair[0]).rpartition(".")[2]
+    embedding = next(name for name, module in modules.items() if module is pair[0])
     for wanted in asked:
-        matching = [module for name, module in modules.items() if ends_with(name, wanted)]
+        matching = {name: module for name, module in modules.items() if ends_with(name, wanted)}
         if not matching:
             known = sorted({name.rpartition(".")[2] for name in modules})
             raise ProgramError(
@@ -129,11 +131,11 @@ def resolve_whole(model: Any, asked: list[str]) -> list[str]:
                 f"additional_target {wanted} matches no module of {type(model).__name__}. "
                 f"{did_you_mean(wanted, known)} There are: {', '.join(known)}.",
             )
-        if any(not value.is_floating_point() for module in matching for value in module.parameters()):
+        if any(not value.is_floating_point() for module in matching.values() for value in module.parameters()):
             raise ProgramError(
                 "bad_setting", f"additional_target {wanted}: its weights are quantised and cannot be moved. Remove it."
             )
-        names.add(embedding if tied(model) and any(module in pair for module in matching) else wanted)
+        names |= {embedding if tied(model) and module in pair else name for name, module in matching.items()}
     return sorted(names)
 
 
@@ -147,7 +149,7 @@ def add_lora(model: Any, settings: dict[str, Any]) -> Any:
 
     whole = resolve_whole(model, settings["additional_target"])
     targets = resolve_targets(model, settings["lora_target"])
-    both = [name for name in targets if any(ends_with(name, other) for other in whole)]
+    both = [name for name in targets if any(ends_with(other, name) for other in whole)]
     if ALL in settings["lora_target"] or DEFAULT in settings["lora_target"]:
         targets = [name for name in targets if name not in both]
     elif both:
@@ -196,7 +198,7 @@ def continue_lora(model: Any, adapter: str, settings: dict[str, Any]) -> Any:
     from peft import LoraConfig, PeftModel
 
     config = LoraConfig.from_pretrained(adapter)
-    whole = {name.rpartition(".")[2] for name in config.modules_to_save or ()} - CLASSIFIER_NAMES
+    whole = resolve_whole(model, [name for name in config.modules_to_save or () if name not in CLASSIFIER_NAMES])
     differences = [
         f"{name} is {asked}, the adapter has {found}"
         for name, asked, found in (
@@ -210,7 +212,7 @@ def continue_lora(model: Any, adapter: str, settings: dict[str, Any]) -> Any:
             (
                 "additional_target",
                 ", ".join(resolve_whole(model, settings["additional_target"])) or "nothing",
-                ", ".join(sorted(whole)) or "nothing",
+                ", ".join(whole) or "nothing",
             ),
             ("use_rslora", settings["use_rslora"], config.use_rslora),
             ("use_dora", settings["use_dora"], config.use_dora),

@@ -207,12 +207,14 @@ def test_an_adapter_from_singular_values_is_saved_for_the_untouched_base(
     a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
     assert (tuple(a.shape), tuple(b.shape)) == ((16, 64), (64, 16))
     weight = load_file(base / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    largest = torch.linalg.svd(weight)
     scale = 16 / 8**0.5 if fields.get("use_rslora") else 2.0
     assert config["lora_alpha"] / 16 == pytest.approx(scale)
     first = -scale * b[:, 8:] @ a[8:]  # what training began with: the largest singular values of the base
-    wanted = (largest.U[:, :8] * largest.S[:8]) @ largest.Vh[:8]
-    assert torch.allclose(first, wanted, atol=0.02 if "bf16" in fields else 1e-4)
+    best = torch.linalg.svdvals(weight)[:8].square().sum()  # 16 iterations find nearly all of it, of any matrix
+    assert 0.95 * best < first.square().sum() <= 1.001 * best
+    assert torch.linalg.matrix_rank(first, rtol=1e-4) == 8
+    if not fields:
+        assert losses(output)[0] == pytest.approx(GOLDEN["sft", "lora"][0], rel=1e-4)  # it begins as the base
     model = merge(tmp_path / "merged", base, output)
     numbers = json.loads((model / "merge.json").read_text())
     assert 0 < numbers["max_logit_effect"] < 3.0
@@ -251,7 +253,7 @@ def test_an_adapter_with_whole_modules_is_continued_and_is_its_own_reference(bas
     assert {value.dtype for value in saved.values()} == {torch.float32}
     more = train(tmp_path / "more", base, "dpo", additional_target=["embed_tokens"], adapter=first)
     assert losses(more)[0] == pytest.approx(0.693147, abs=1e-6)
-    with pytest.raises(ProgramError, match="additional_target is nothing, the adapter has embed_tokens, lm_head"):
+    with pytest.raises(ProgramError, match=r"additional_target is nothing, the adapter has model\.embed_tokens"):
         train(tmp_path / "other", base, adapter=first)
 
 
