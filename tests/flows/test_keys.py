@@ -13,7 +13,7 @@ from registry.loading import load_recipe
 from registry.records import DataSettings, EvaluationSettings, ModelSettings, RuntimeSettings, TrainSettings
 from tasks.artifacts import select
 from tasks.digests import DigestMemory
-from tasks.steps import LocalFolder
+from tasks.steps import LocalFolder, Step
 from tests.flows.toy import write_rows
 from tests.tiny import tiny_model
 
@@ -224,6 +224,18 @@ def test_a_stage_that_starts_from_another_has_that_stages_model_as_its_base(fold
     assert isinstance(before, LocalFolder)
     assert after is chain.stages["sft"].model
     assert list(chain.stages) == ["sft", "dpo"]
+
+
+def test_a_new_adapter_is_trained_on_what_merging_the_given_one_makes(folder: Path) -> None:
+    stage = {"stage": "sft", "dataset": str(folder / "train.jsonl"), "create_new_adapter": True}
+    given = {"model_name_or_path": str(folder / "model"), "adapter_name_or_path": str(folder / "adapter")}
+    built = build(load_recipe({"name": "keys", **given, **stage}), Home.open()).stages["sft"]
+    merged = built.trained.inputs["base"].source
+    assert isinstance(merged, Step)
+    assert merged.title == "sft/merge:adapter"
+    assert merged.inputs["adapter"].source == LocalFolder(folder / "adapter")
+    assert "adapter" not in built.trained.inputs
+    assert built.model.inputs["base"].source is merged
 
 
 def test_the_seed_counts_for_the_rows_kept_back(folder: Path) -> None:

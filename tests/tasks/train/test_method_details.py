@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from registry.lora_targets import DEFAULT_TARGETS
@@ -162,3 +163,18 @@ def test_what_was_asked_for_wrapped_and_saved_is_printed(
         "lora_target q_proj, v_proj, additional_target norm: 4 modules wrapped (q_proj, v_proj); trained whole: norm;"
     )
     assert f"{line} 9 tensors saved, all of theirs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "adagrad", "rmsprop"])
+def test_an_optimizer_is_chosen_by_name(base: Path, tmp_path: Path, name: str) -> None:
+    chosen = losses(train(tmp_path / "run", base, optim=name, max_steps=4, learning_rate=1e-3))
+    assert chosen[3] < chosen[0]
+
+
+def test_with_loraplus_the_b_matrices_learn_by_the_ratio_faster(base: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"optim": "sgd", "max_steps": 1, "weight_decay": 0.0}
+    plain = load_file(train(tmp_path / "plain", base, **fields) / "adapter_model.safetensors")
+    faster = load_file(train(tmp_path / "faster", base, loraplus_lr_ratio=16.0, **fields) / "adapter_model.safetensors")
+    for name, value in plain.items():
+        ratio = 16.0 if ".lora_B." in name else 1.0  # B begins as 0: after one step it is its own update
+        assert torch.allclose(faster[name], ratio * value, rtol=1e-5)
