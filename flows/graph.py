@@ -87,6 +87,11 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
     from_base = sum(settings.model.model is None for settings in recipe.stages)
     for settings in map(settled, recipe.stages):
         start = _start(settings.model.model, settings, stages, recipe, home)
+        given = _adapter(settings) if settings.train.create_new_adapter else None
+        if given:
+            label = f"{recipe.name}-{settings.name}-start"
+            merged = merge_step(settings.name, label, start.model, given, "merge:adapter")
+            start = replace(start, model=Input(merged))
         reference = None
         if settings.train.ref_model is not None:
             reference = _start(settings.train.ref_model, settings, stages, recipe, home).model
@@ -160,9 +165,10 @@ def _stage(
     if train.eval_steps and not watched:
         rule = f"eval_steps measures held-out rows of the stage's own kind ({kind.shape}), and there are none"
         raise InputError(Problem(f"stages.{stage}.eval_steps", rule, "Set val_size or eval_dataset."))
-    trained = train_step(label, start.name, base, tokenized, settings, reference, _adapter(settings), watched)
+    adapter = None if train.create_new_adapter else _adapter(settings)  # a new one: the given one is in the base
+    trained = train_step(label, start.name, base, tokenized, settings, reference, adapter, watched)
     adapts = METHODS[train.finetuning_type].makes == "adapter"
-    model = merge_step(stage, label, base, trained) if adapts else trained
+    model = merge_step(stage, label, base, Input(trained)) if adapts else trained
     evaluated = None
     if held_out or (recipe.evaluation.questions and kind.makes_text):
         evaluated = evaluate_step(stage, "evaluate", label, Input(model), held_out, recipe.evaluation, settings)

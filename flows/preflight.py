@@ -9,9 +9,11 @@ from flows.graph import Pipeline
 from flows.planning import PlannedStep
 from registry.errors import InputError, Problem
 from registry.home import Home
+from registry.machine import machine_problems
 from registry.models import MODELS
 from tasks.devices import CPU_INFO, cuda_devices, require_bf16, slow_bf16
 from tasks.fetch import count_usable_rows
+from tasks.model import quantised_reason
 from tasks.render import RowRenderer
 from tasks.steps import LocalFolder
 from tasks.template import DEFAULT_DATE, Refusal, compile_template
@@ -41,7 +43,8 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         What will work and not as one would like, a sentence each.
 
     Raises:
-        InputError: too little disk, bf16 on a device without it, a template that does not compile.
+        InputError: too little disk, bf16 on a device without it, a template that does not compile, a method for which a
+            package or device is missing, a base that is quantised already.
     """
     problems: list[Problem] = []
     notes: list[str] = []
@@ -64,10 +67,26 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         if stage.settings.train.deepspeed and find_spec("deepspeed") is None:
             cure = "pip install deepspeed"
             problems.append(Problem(f"stages.{name}.deepspeed", "the package deepspeed is not installed", cure))
-    problems += _template_problems(lines)
+    problems += _template_problems(lines) + _method_problems(pipeline, lines)
     if problems:
         raise InputError(problems)
     return notes
+
+
+def _method_problems(pipeline: Pipeline, lines: list[PlannedStep]) -> list[Problem]:
+    """Settings that this machine lacks something for, and bases on this disk that cannot be trained on."""
+    problems: list[Problem] = []
+    made = {id(line.step) for line in lines if line.state == "cached"}
+    for name, stage in pipeline.stages.items():
+        if id(stage.trained) in made:
+            continue
+        for rule, cure in machine_problems(stage.settings.train.identity(), bool(cuda_devices())):
+            problems.append(Problem(f"stages.{name}", rule, cure))
+        base = stage.trained.inputs["base"].source
+        reason = quantised_reason(base.path) if isinstance(base, LocalFolder) else None
+        if reason:
+            problems.append(Problem(f"stages.{name}.model_name_or_path", *reason))
+    return problems
 
 
 def require_rows(lines: list[PlannedStep]) -> None:

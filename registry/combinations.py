@@ -11,10 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from registry.method_records import LoraSettings
+from registry.optimizers import OPTIMIZERS
+
 SET, UNSET = ("set",), ("unset",)  # instead of a tuple of values: anything but nothing, 0, False; or just those
 Condition = Mapping[str, tuple[Any, ...]]
 COMPARING = ("rm", "dpo", "kto", "orpo")
 WITH_REFERENCE = ("dpo", "kto")
+WHOLE_MATRICES = tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.whole_matrices)
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,14 @@ class Refusal:
 
 
 NEEDS: tuple[Need, ...] = (
-    Need(("lora_rank", "lora_alpha", "lora_dropout", "lora_target"), {"finetuning_type": ("lora",)}),
+    Need(tuple(LoraSettings.model_fields), {"finetuning_type": ("lora",)}),
     Need(("adapter_name_or_path",), {"finetuning_type": ("lora",)}),
+    Need(("quant_bit",), {"quant_bit": SET}, refused=False),
+    Need(("quant_type", "double_quantization"), {"quant_bit": (4,)}),
+    Need(
+        ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+        {"finetuning_type": ("freeze",)},
+    ),
     Need(("num_train_epochs",), {"max_steps": UNSET}, refused=False),
     Need(("max_steps",), {"max_steps": SET}, refused=False),
     Need(("warmup_ratio",), {"lr_scheduler_type": ("linear", "cosine", "constant_with_warmup")}, refused=False),
@@ -57,6 +67,59 @@ NEEDS: tuple[Need, ...] = (
 )
 
 REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "quant_bit",
+        {"quant_bit": SET, "finetuning_type": ("full", "freeze")},
+        "quantised weights cannot be moved, only matrices beside them can",
+        "Use finetuning_type: lora, or remove quant_bit and use_qlora.",
+    ),
+    Refusal(
+        "pissa_init",
+        {"pissa_init": (True,), "quant_bit": SET},
+        "pissa_init takes singular values out of the base, which a quantised base cannot give up exactly",
+        "Remove one of pissa_init and quant_bit.",
+    ),
+    Refusal(
+        "pissa_init",
+        {"pissa_init": (True,), "use_dora": (True,)},
+        "what pissa_init starts from is taken off again when the adapter is saved; with use_dora that is no sum",
+        "Remove one of pissa_init and use_dora.",
+    ),
+    Refusal(
+        "pissa_init",
+        {"pissa_init": (True,), "adapter_name_or_path": SET, "create_new_adapter": (False,)},
+        "an adapter that is trained on has its first values already",
+        "Set create_new_adapter: true, or remove pissa_init.",
+    ),
+    Refusal(
+        "create_new_adapter",
+        {"create_new_adapter": (True,), "adapter_name_or_path": UNSET},
+        "there is no adapter to merge first",
+        "Set adapter_name_or_path, or remove create_new_adapter: every new run makes a new adapter.",
+    ),
+    Refusal(
+        "freeze_trainable_layers",
+        {"finetuning_type": ("freeze",), "freeze_trainable_layers": UNSET, "freeze_extra_modules": UNSET},
+        "0 layers and no freeze_extra_modules leave nothing to train",
+        "Train the last n layers with n, the first n with -n.",
+    ),
+    Refusal(
+        "flash_attn",
+        {"flash_attn": ("fa2",), "bf16": (False,)},
+        "fa2 computes in bfloat16 only",
+        "Set bf16: true, or use flash_attn: sdpa.",
+    ),
+    *(
+        Refusal("optim", {"optim": (name,)}, f"{name}: {optimizer.refused}", "Use optim: adamw_torch_fused.")
+        for name, optimizer in OPTIMIZERS.items()
+        if optimizer.refused
+    ),
+    Refusal(
+        "optim",
+        {"optim": WHOLE_MATRICES, "finetuning_type": ("lora",)},
+        "this optimizer projects the gradients of whole weight matrices; LoRA's are small already",
+        "Use finetuning_type: full, or optim: adamw_torch_fused.",
+    ),
     Refusal(
         "packing",
         {"packing": (True,), "stage": COMPARING},

@@ -22,6 +22,7 @@ from registry.data_registry import find_dataset
 from registry.data_sources import DataSource
 from registry.deepspeed import deepspeed_config
 from registry.errors import InputError, Problem, did_you_mean, shown
+from registry.optimizers import OPTIMIZERS
 from registry.recipe_paths import absolute_paths
 from registry.records import (
     DataSettings,
@@ -44,6 +45,9 @@ ALIASES = {
     **dict.fromkeys(("dpo_beta", "kto_beta", "orpo_beta"), "pref_beta"),
     **dict.fromkeys(("dpo_ftx", "kto_ftx"), "pref_ftx"),
     "dpo_loss": "pref_loss",
+    "quantization_bit": "quant_bit",
+    "quantization_type": "quant_type",
+    "double_quant": "double_quantization",
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
@@ -248,7 +252,7 @@ def _rules(
     settings: Mapping[str, Any], parts: list[Record | None], where: Any, problems: list[Problem]
 ) -> list[Problem]:
     """Names that must be known, and settings that exclude each other; those without effect are returned."""
-    for key, registry in (("stage", STAGES), ("finetuning_type", METHODS)):
+    for key, registry in (("stage", STAGES), ("finetuning_type", METHODS), ("optim", OPTIMIZERS)):
         if isinstance(settings.get(key), str):
             _collect(problems, registry.lookup, settings[key], where(key))
     kept_back = settings.get("val_size")
@@ -261,6 +265,8 @@ def _rules(
         wanted = values["deepspeed"]
         if wanted:
             _collect(problems, deepspeed_config, wanted, where("deepspeed"))
+        for part in parts:
+            values |= part.resolved() if isinstance(part, TrainSettings) else {}
         problems += [Problem(where(key), rule, cure) for key, rule, cure in refused(values)]
         return [Problem(where(key), rule, cure) for key, rule, cure in idle(values, written)]
     return []

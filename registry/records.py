@@ -158,7 +158,7 @@ class TrainSettings(MethodSettings, LossSettings):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the optimizer steps over which the learning rate rises to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay."""
+    """Weight decay of the optimizer."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -170,7 +170,7 @@ class TrainSettings(MethodSettings, LossSettings):
     load_best_model_at_end: bool = False
     """Keep the weights with the lowest held-out loss, instead of the last ones."""
     bf16: bool = False
-    """Weights of the frozen base and arithmetic in bfloat16; LoRA matrices and optimizer state stay float32."""
+    """Frozen weights and arithmetic in bfloat16; what is trained, and optimizer state, stays float32."""
 
     def global_batch_size(self) -> int:
         """Sequences per optimizer step of one machine: per device x accumulation x processes."""
@@ -181,8 +181,9 @@ class TrainSettings(MethodSettings, LossSettings):
 
         The number of processes is 1 unless it is set: who knows the devices sets it first (`flows.graph`).
         """
-        fields = self.model_dump(mode="json", exclude={"ref_model"})  # an input of the step, whatever its name
-        fields["lora_alpha"] = self.resolved_lora_alpha()
+        # which models these mean is said by the step's inputs, whatever they are called
+        inputs = {"ref_model", "create_new_adapter"}
+        fields = self.model_dump(mode="json", exclude=inputs | {"use_qlora"}) | self.resolved()
         fields["nproc_per_node"] = self.nproc_per_node or 1
         fields["deepspeed"] = deepspeed_config(self.deepspeed) if self.deepspeed else None
         for name in without_effect(fields):
@@ -218,5 +219,8 @@ class RuntimeSettings(Record):
     """Optimizer steps between two checkpoints."""
     save_total_limit: Steps = 2
     """Whole checkpoints kept while training."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass instead of keeping them: less memory, more time, and the
+    same weights to the bit."""
     per_device_eval_batch_size: Steps = 8
     """Sequences per forward pass when evaluating; results do not depend on it."""

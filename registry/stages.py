@@ -50,6 +50,7 @@ METHODS: Registry[Method] = Registry(
     "finetuning_type",
     lambda: [
         ("lora", Method("adapter", "Low-rank matrices beside frozen weights (Hu et al. 2021, arXiv:2106.09685).")),
+        ("freeze", Method("weights", "Some decoder layers, the others frozen.")),
         ("full", Method("weights", "All weights.")),
     ],
 )

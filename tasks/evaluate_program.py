@@ -97,16 +97,17 @@ def load(spec: Spec) -> Any:
     """
     import torch
 
-    from tasks.train.model import check_base, load_base
+    from tasks.train.loading import load_base
+    from tasks.train.lora import check_base
 
+    adapter, changes = spec.inputs.get("adapter"), None
+    if adapter and "base_digest" in spec.settings:
+        changes = check_base(adapter, spec.settings["base_digest"])
     dtype = torch.bfloat16 if spec.settings["bf16"] else torch.float32
-    model = load_base(spec.inputs["model"], dtype, score=spec.settings["measure"] == "reward")
-    adapter = spec.inputs.get("adapter")
+    model = load_base(spec.inputs["model"], dtype, spec.settings["measure"] == "reward", changes)
     if adapter:
         from peft import PeftModel
 
-        if "base_digest" in spec.settings:
-            check_base(adapter, spec.settings["base_digest"])
         model = PeftModel.from_pretrained(model, adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

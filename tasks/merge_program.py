@@ -38,21 +38,22 @@ def work(spec: Spec, events: Events) -> None:
     events.emit("note", text="loading libraries")
     import torch
 
-    from tasks.train.model import check_base, load_base
+    from tasks.train.loading import load_base
+    from tasks.train.lora import check_base
     from tasks.train.output import copy_tokenizer, save_model, write_json
 
     base, adapter, output = Path(spec.inputs["base"]), Path(spec.inputs["adapter"]), Path(spec.output)
-    check_base(str(adapter), spec.settings["base_digest"])
+    changes = check_base(str(adapter), spec.settings["base_digest"])
     dtype = saved_dtype(base)
     events.emit("note", text=f"merging in float32, saving in {dtype}")
     score = scores(adapter)
-    model = load_base(str(base), torch.float32, score).eval()
+    model = load_base(str(base), torch.float32, score, changes).eval()
     probe = probe_tokens(model.get_input_embeddings().num_embeddings)
     before = _logits(model, probe)
     merged, wanted = _merge(model, adapter, probe)
     output.mkdir(parents=True, exist_ok=True)
     save_model(merged.to(getattr(torch, dtype)), output, base)
-    copy_tokenizer(adapter, output)
+    copy_tokenizer(adapter, output) or copy_tokenizer(base, output)
     del model, merged
     found = _logits(load_base(str(output), torch.float32, score).eval(), probe)
     effect, difference = (float((wanted - other).abs().max()) for other in (before, found))
@@ -135,7 +136,7 @@ def _merge(model: Any, adapter: Path, probe: torch.Tensor) -> tuple[Any, torch.T
 
 
 def _logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
-    """Logits of the probe, float32, (4, 32, vocabulary)."""
+    """Logits of the probe, float32, (4, 32, vocabulary), or the scores of a reward model, (4, 1)."""
     import torch
 
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from registry.home import Home
@@ -46,3 +48,17 @@ def fetch_model(work: Work) -> dict[str, Any]:
     source = fetch_base(located, work.output, work.scratch, work.note, work.stop)
     work.note(f"base model from {', '.join(f'{name} {value}' for name, value in source.items() if value)}")
     return source
+
+
+def quantised_reason(folder: Path) -> tuple[str, str] | None:
+    """Why a model folder cannot be trained on: the rule and the cure; None when its weights are not quantised."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+    return (
+        f"the base model's weights are quantised ({method}): an adapter trained on them cannot be merged, and they "
+        "cannot be moved",
+        "Use the model as it was before, and quant_bit to hold it in fewer bits while training.",
+    )

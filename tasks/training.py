@@ -22,7 +22,14 @@ TOO_LITTLE_MEMORY = (
     "One sequence at a time is too much for this memory. Lower cutoff_len or lora_rank, train fewer weights "
     "(finetuning_type: lora, quant_bit: 4), or use a smaller model."
 )
-TRAINING_RUNTIME = {"logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size", "force_torchrun"}
+TRAINING_RUNTIME = {
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "force_torchrun",
+}
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
@@ -64,7 +71,9 @@ def train_step(
             "train": settings.train.identity() | ({"nnodes": nodes.count} if nodes.count > 1 else {}),
             "packing": shards.identity["packing"],
             "template": settings.template,
-        },
+        }
+        # how far positions are stretched
+        | ({"cutoff_len": settings.data.cutoff_len} if settings.train.rope_scaling else {}),
         inputs=inputs | ({"adapter": adapter} if adapter else {}),
         run="tasks.training:train",
         runtime=settings.runtime.model_dump(include=TRAINING_RUNTIME) | {"base_name": base_name, "sets": list(sets)},
@@ -131,15 +140,15 @@ def nodes_for(settings: dict[str, Any], forced: bool) -> Nodes | None:
     return None if alone and not (forced or torchrun_is_forced()) else nodes
 
 
-def merge_step(stage: str, label: str, base: Input, trained: Step) -> Step:
+def merge_step(stage: str, label: str, base: Input, adapter: Input, name: str = "merge") -> Step:
     """The step that merges an adapter into its base."""
     return Step(
         stage=stage,
-        name="merge",
+        name=name,
         version=MERGE_VERSION,
         label=label,
         identity={},
-        inputs={"base": Input(base.source, BASE_FILES), "adapter": Input(trained)},
+        inputs={"base": Input(base.source, BASE_FILES), "adapter": adapter},
         run="tasks.training:merge",
         heavy=True,
     )

@@ -17,7 +17,9 @@ import torch
 
 from tasks.program import ProgramError
 from tasks.train.callbacks import EVAL_LOSS, best_line
-from tasks.train.model import BASE_RECORD
+from tasks.train.freezing import trained_parameters
+from tasks.train.lora import BASE_RECORD, adapter_state
+from tasks.train.reference import ADAPTER
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,17 +58,18 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_weights(model: Any, folder: Path, base_name: str = "") -> None:
+def save_weights(model: Any, folder: Path, base_name: str = "", for_plain_base: bool = False) -> None:
     """Save the adapter of a PEFT model, or all weights of another model.
 
     Args:
         model: the unwrapped model.
         folder: where to; made when missing.
         base_name: registry or hub name of the base, for `adapter_config.json`.
+        for_plain_base: see `tasks.train.lora.adapter_state`; not in a checkpoint, which is continued as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
-        _save_adapter(model, folder, base_name)
+        _save_adapter(model, folder, base_name, for_plain_base)
     else:
         save_model(model, folder)
 
@@ -129,25 +132,48 @@ def wrapped_modules(model: Any) -> list[str]:
     return sorted(name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A"))
 
 
-def check_saved_adapter(model: Any, folder: Path) -> list[str]:
-    """Open the saved adapter and compare it with what was wrapped.
+def whole_modules(model: Any) -> dict[str, list[str]]:
+    """Full name, as in the saved file, of each module that is trained whole beside LoRA → its parameters' names."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return {
+        name: [part for part, _ in module.modules_to_save[ADAPTER].named_parameters()]
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+
+
+def check_saved_adapter(model: Any, folder: Path) -> dict[str, Any]:
+    """Open the saved adapter and compare it with what was wrapped, tensor by tensor.
 
     Returns:
-        Last parts of the names of the wrapped modules, sorted.
+        For the report: last parts of the names of the wrapped modules and how many they are, the modules trained whole,
+        and the number of tensors in the file.
 
     Raises:
-        ProgramError: `unexpected` when a wrapped module has no A or B in the file, or an empty one.
+        ProgramError: `unexpected` when the file lacks a tensor of a wrapped module, holds another, or an empty one.
     """
     shapes = saved_shapes(folder)
-    wrapped = wrapped_modules(model)
-    expected = {f"{name}.lora_{part}.weight" for name in wrapped for part in "AB"}
+    wrapped, whole = wrapped_modules(model), whole_modules(model)
+    parts = ["lora_A.weight", "lora_B.weight"]
+    if model.peft_config[ADAPTER].use_dora:
+        parts.append("lora_magnitude_vector")
+    expected = {f"{name}.{part}" for name in wrapped for part in parts}
+    expected |= {f"{name}.{part}" for name, own in whole.items() for part in own}
     empty = sorted(name for name, shape in shapes.items() if math.prod(shape) == 0)
-    if not wrapped or not expected <= set(shapes) or empty:
-        missing = sorted(expected - set(shapes))
+    if not wrapped or expected != set(shapes) or empty:
+        missing, strangers = sorted(expected - set(shapes)), sorted(set(shapes) - expected)
         raise ProgramError(
-            "unexpected", f"{len(wrapped)} modules were wrapped; missing in the file: {missing[:5]}, empty: {empty[:5]}"
+            "unexpected",
+            f"{len(wrapped)} modules were wrapped; missing in the file: {missing[:5]}, empty: {empty[:5]}, "
+            f"only in the file: {strangers[:5]}",
         )
-    return sorted({name.rpartition(".")[2] for name in wrapped})
+    return {
+        "wrapped_modules": sorted({name.rpartition(".")[2] for name in wrapped}),
+        "wrapped": len(wrapped),
+        "whole_modules": sorted({name.rpartition(".")[2] for name in whole}),
+        "saved_tensors": len(shapes),
+    }
 
 
 def require_finite(model: Any) -> None:
@@ -185,7 +211,13 @@ def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int) -> dict[str, 
 
 
 def write_artifact(
-    model: Any, output: Path, base: Path, base_name: str, base_digest: str, numbers: dict[str, Any]
+    model: Any,
+    output: Path,
+    base: Path,
+    base_name: str,
+    record: dict[str, Any],
+    settings: dict[str, Any],
+    numbers: dict[str, Any],
 ) -> None:
     """Write everything but `report/`.
 
@@ -194,37 +226,54 @@ def write_artifact(
         output: the artifact's folder.
         base: folder of the base model.
         base_name: registry or hub name of the base, or empty.
-        base_digest: digest of the base weights.
+        record: digest of the base weights, and what was changed in the base's config.
+        settings: `TrainSettings.identity()`.
         numbers: what `summary` made.
     """
     require_finite(model)
-    suffixes: list[str] = []
+    sizes = [(value.numel(), value.requires_grad) for value in model.parameters()]
+    trained = trained_parameters(model)
+    modules: dict[str, Any] = {"wrapped_modules": []}
     if hasattr(model, "peft_config"):
-        save_weights(model, output, base_name)
-        suffixes = check_saved_adapter(model, output)
+        save_weights(model, output, base_name, for_plain_base=settings["pissa_init"])
+        modules = check_saved_adapter(model, output)
+        print(_modules_sentence(settings, modules), flush=True)
     else:
         output.mkdir(parents=True, exist_ok=True)
-        save_model(model, output, base)
+        save_model(model.float(), output, base)
     copy_tokenizer(base, output)
-    write_json(output / BASE_RECORD, {"base_digest": base_digest})
-    sizes = [(value.numel(), value.requires_grad) for value in model.parameters()]
+    write_json(output / BASE_RECORD, record)
     write_json(
         output / "train.json",
         numbers
         | {
             "trainable_parameters": sum(size for size, trained in sizes if trained),
             "all_parameters": sum(size for size, _ in sizes),
-            "wrapped_modules": suffixes,
-        },
+            "trained_parameters": trained,
+        }
+        | modules,
     )
 
 
-def _save_adapter(model: Any, folder: Path, base_name: str) -> None:
-    from peft import get_peft_model_state_dict
+def _modules_sentence(settings: dict[str, Any], modules: dict[str, Any]) -> str:
+    """What was asked for, what was wrapped, what was saved."""
+    asked = f"lora_target {', '.join(settings['lora_target'])}"
+    if settings["additional_target"]:
+        asked += f", additional_target {', '.join(settings['additional_target'])}"
+    whole = f"; trained whole: {', '.join(modules['whole_modules'])}" if modules["whole_modules"] else ""
+    return (
+        f"{asked}: {modules['wrapped']} modules wrapped ({', '.join(modules['wrapped_modules'])}){whole}; "
+        f"{modules['saved_tensors']} tensors saved, all of theirs"
+    )
+
+
+def _save_adapter(model: Any, folder: Path, base_name: str, for_plain_base: bool) -> None:
     from safetensors.torch import save_file
 
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: value.contiguous() for name, value in state.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-    config = model.peft_config["default"].to_dict()
+    state, config = adapter_state(model, for_plain_base)
+    # a copy of each: two names of one tensor, as of a tied embedding, cannot be in one file
+    save_file(
+        {name: value.clone().contiguous() for name, value in state.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
+    )
     config |= {"inference_mode": True, "base_model_name_or_path": base_name}
     write_json(folder / ADAPTER_CONFIG, {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()})

@@ -14,8 +14,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.machine import machine_problems
+from registry.optimizers import OPTIMIZERS
 from registry.stages import METHODS, STAGES
-from tasks.program import Events, Spec, main
+from tasks.program import Events, ProgramError, Spec, main
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -42,31 +44,35 @@ def work(spec: Spec, events: Events) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
     _determinism(settings["seed"])
     from tasks.train.batches import Rows
-    from tasks.train.model import build_model, require_separation
+    from tasks.train.model import build_model, position_changes, require_separation
     from tasks.train.processes import whole_weights
 
     events.emit("note", text="loading model")
-    model = build_model(settings, spec.inputs["base"], spec.settings["base_digest"], spec.inputs.get("adapter"))
+    require_cuda_for(settings)
+    base, digest = spec.inputs["base"], spec.settings["base_digest"]
+    changes = position_changes(settings, base, spec.settings.get("cutoff_len"))
+    model = build_model(settings, base, digest, spec.inputs.get("adapter"), changes)
     pieces = 2 if STAGES[settings["stage"]].shape == "preference" else 1
     rows = Rows(spec.inputs["shards"], model.get_input_embeddings().num_embeddings, pieces)
     if spec.settings["packing"]:
-        require_separation(model)
+        require_separation(model, settings)
     plan = _plan(settings, len(rows), spec.runtime.get("micro_batch", settings["per_device_train_batch_size"]))
     total = plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
     use_cache = model.config.use_cache
-    trainer = _trainer(spec, model, rows, plan, total)
+    trainer = _trainer(spec, model, rows, plan, total, changes)
     if trainer.args.process_index == 0:
         print(plan.sentence(total), flush=True)
     events.emit("note", text=plan.sentence(total))
     lines, resumed_from = _train(trainer, spec, events, total)
     model.config.use_cache = use_cache
     first = trainer.args.local_process_index == 0
+    record = {"base_digest": digest} | ({"config": changes} if changes else {})
     with whole_weights(trainer.model, keep=first):
         if first:
-            _write(trainer.model, spec, lines, plan, resumed_from)
+            _write(trainer.model, spec, lines, plan, resumed_from, record)
 
 
-def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int) -> TokenTrainer:
+def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int, changes: dict[str, Any]) -> TokenTrainer:
     """The trainer with the objective of the stage, its reference and its batches."""
     from functools import partial
 
@@ -78,7 +84,7 @@ def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int) ->
 
     settings = spec.settings["train"]
     stage = settings["stage"]
-    reference = make_reference(settings, model, spec.inputs["base"], spec.inputs.get("reference"))
+    reference = make_reference(settings, model, spec.inputs["base"], spec.inputs.get("reference"), changes)
     return TokenTrainer(
         model,
         _arguments(spec, plan, total),
@@ -86,7 +92,20 @@ def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int) ->
         plan,
         make_objective(settings, reference),
         COLLATES.get(stage) or partial(collate, packing=spec.settings["packing"]),
+        settings.get("loraplus_lr_ratio"),
     )
+
+
+def require_cuda_for(settings: dict[str, Any]) -> None:
+    """Refuse what this machine has no device or package for.
+
+    Raises:
+        ProgramError: `bad_setting`.
+    """
+    import torch
+
+    for problem in machine_problems(settings, torch.cuda.is_available()):
+        raise ProgramError("bad_setting", ". ".join(problem))
 
 
 def warmup_steps(total: int, ratio: float) -> int:
@@ -144,6 +163,14 @@ def _arguments(spec: Spec, plan: BatchPlan, total: int) -> TrainingArguments:
         max_grad_norm=settings["max_grad_norm"],
         seed=settings["seed"],
         bf16=settings["bf16"],
+        optim=settings["optim"],
+        optim_target_modules="all-linear" if OPTIMIZERS[settings["optim"]].whole_matrices else None,
+        neftune_noise_alpha=settings["neftune_noise_alpha"],
+        activation_checkpointing=spec.runtime.get("gradient_checkpointing", False),
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_liger_kernel=settings["enable_liger_kernel"],
+        # the losses here are our own, over the trained positions only
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -219,7 +246,9 @@ def _held_out(
     return HeldOutLoss(trainer, sets, events, lines, watcher, spec.settings["train"]) if sets else None
 
 
-def _write(model: Any, spec: Spec, lines: list[dict[str, Any]], plan: BatchPlan, resumed_from: int) -> None:
+def _write(
+    model: Any, spec: Spec, lines: list[dict[str, Any]], plan: BatchPlan, resumed_from: int, record: dict[str, Any]
+) -> None:
     from tasks.train.callbacks import logged
     from tasks.train.curve import draw_curve
     from tasks.train.output import summary, write_artifact, write_json
@@ -230,7 +259,8 @@ def _write(model: Any, spec: Spec, lines: list[dict[str, Any]], plan: BatchPlan,
         output,
         Path(spec.inputs["base"]),
         spec.runtime.get("base_name", ""),
-        spec.settings["base_digest"],
+        record,
+        spec.settings["train"],
         summary(lines, plan.steps_per_epoch()),
     )
     report.mkdir(parents=True, exist_ok=True)

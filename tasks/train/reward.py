@@ -24,7 +24,7 @@ SCORE_HEAD = "score"
 HEAD_SEED = 7
 
 
-def load_scoring(folder: str, dtype: torch.dtype) -> Any:
+def load_scoring(folder: str, dtype: torch.dtype, **how: Any) -> Any:
     """Load a model with a score head; a new head where the folder has none.
 
     A new head is drawn from N(0, 1 / (h + 1)), so that first scores are of size 1; always the same one.
@@ -32,6 +32,7 @@ def load_scoring(folder: str, dtype: torch.dtype) -> Any:
     Args:
         folder: config.json and *.safetensors, of a language model or of a reward model.
         dtype: of the body; the head is float32.
+        **how: what the body is loaded with, see `tasks.train.loading`.
 
     Raises:
         ProgramError: `bad_setting` for an architecture without such a model.
@@ -42,7 +43,13 @@ def load_scoring(folder: str, dtype: torch.dtype) -> Any:
 
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, num_labels=1, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **({} if "config" in how else {"num_labels": 1}),
+            **how,
         )
     except ValueError as error:
         raise ProgramError("bad_setting", f"stage rm: {error}") from error
@@ -56,7 +63,7 @@ def load_scoring(folder: str, dtype: torch.dtype) -> Any:
     if any(name.startswith(f"{SCORE_HEAD}.") for name in report["missing_keys"]):
         generator = torch.Generator().manual_seed(HEAD_SEED)
         size = head.weight.shape
-        head.weight.data = torch.randn(size, generator=generator) / math.sqrt(size[1] + 1)
+        head.weight.data = (torch.randn(size, generator=generator) / math.sqrt(size[1] + 1)).to(head.weight.device)
     head.float()
     model.config.pad_token_id = pad_token(Path(folder), model.config)
     return model

@@ -44,6 +44,7 @@ class TokenTrainer(Trainer):
         plan: which of them make up a step.
         objective: what is minimised.
         collate_rows: rows to a batch.
+        lr_ratio: learning rate of LoRA's B matrices as a multiple of the others'.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step holds
@@ -56,11 +57,13 @@ class TokenTrainer(Trainer):
         plan: BatchPlan,
         objective: Objective,
         collate_rows: Callable[[Any], Batch],
+        lr_ratio: float | None = None,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows)
         self.sampler = MicroBatchSampler(plan, args.process_index)
         self.rows, self.collate_rows = rows, collate_rows
         self.objective: Objective = objective
+        self.lr_ratio = lr_ratio
         self.counts = StepCounts()
         self._left = 0
         self._coming: list[dict[str, Any]] = []
@@ -75,6 +78,23 @@ class TokenTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Our loader as it is: the plan has already dealt the rows out to processes."""
         return make_loader(self.rows, self.sampler, self.collate_rows)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer; with `lr_ratio` LoRA's B matrices have a learning rate of their own.
+
+        Source: Hayou et al. 2024, arXiv:2402.12354: with equal rates A learns too fast for B, or B too slowly.
+        """
+        optimizer = super().create_optimizer(model)
+        if self.lr_ratio is not None:
+            assert self.model is not None
+            faster = {id(value) for name, value in self.model.named_parameters() if ".lora_B." in name}
+            for group in list(optimizer.param_groups):
+                own = [value for value in group["params"] if id(value) in faster]
+                group["params"] = [value for value in group["params"] if id(value) not in faster]
+                if own:
+                    rest = {name: value for name, value in group.items() if name != "params"}
+                    optimizer.add_param_group(rest | {"params": own, "lr": group["lr"] * self.lr_ratio})
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -223,3 +224,17 @@ def test_bf16_on_a_processor_without_units_for_it_is_said_to_be_slow() -> None:
     assert slow_bf16("flags\t: fpu avx512_bf16 amx_bf16") is None
     assert slow_bf16("Features\t: fp asimd bf16") is None
     assert slow_bf16("") is None
+
+
+def test_a_quantised_base_and_a_kernel_without_its_device_are_said_before_anything_begins(
+    folder: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    text = refusal(capsys, "run", "toy.json", "--set", "stages.sft.enable_liger_kernel=true")
+    assert "stages.sft.model_name_or_path: the base model's weights are quantised (awq)" in text
+    assert "Use the model as it was before, and quant_bit" in text
+    assert "enable_liger_kernel: the kernels are written for CUDA devices" in text
+    assert nothing_begun(home)

@@ -17,7 +17,7 @@ from registry.records import DataSettings, EvaluationSettings, ModelSettings, Ru
 from tasks.artifacts import select
 from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
-from tasks.steps import LocalFolder
+from tasks.steps import LocalFolder, Step
 from tests.flows.toy import write_rows
 from tests.tiny import tiny_model
 
@@ -68,6 +68,25 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "lora_alpha": (7, TRAINED),
         "lora_dropout": (0.5, TRAINED),
         "lora_target": (["q_proj"], TRAINED),
+        "additional_target": (["embed_tokens"], TRAINED),
+        "use_rslora": (True, TRAINED),
+        "use_dora": (True, TRAINED),
+        "pissa_init": (True, TRAINED),
+        "loraplus_lr_ratio": (16.0, TRAINED),
+        # the base is what the merge makes, no longer a local folder
+        "create_new_adapter": (True, {"merge", "render", "tokenize", "train", "evaluate"}),
+        "use_qlora": (True, TRAINED),
+        "quant_bit": (8, TRAINED),
+        "quant_type": ("fp4", TRAINED),
+        "double_quantization": (False, TRAINED),
+        "freeze_trainable_layers": (1, TRAINED),
+        "freeze_trainable_modules": (["mlp"], TRAINED),
+        "freeze_extra_modules": (["norm"], TRAINED),
+        "neftune_noise_alpha": (5.0, TRAINED),
+        "optim": ("sgd", TRAINED),
+        "rope_scaling": ("yarn", TRAINED),
+        "flash_attn": ("eager", TRAINED),
+        "enable_liger_kernel": (True, TRAINED),
         "per_device_train_batch_size": (2, TRAINED),
         "gradient_accumulation_steps": (2, TRAINED),
         "nproc_per_node": (2, TRAINED),
@@ -100,14 +119,19 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "force_torchrun": (True, NOTHING),
         "preprocessing_num_workers": (7, NOTHING),
         "per_device_eval_batch_size": (7, NOTHING),
+        "gradient_checkpointing": (True, NOTHING),
     },
 }
+FREEZING = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
 TWO_SETS = ["FOLDER/train.jsonl", "FOLDER/more.jsonl"]
 BESIDE: dict[str, dict[str, Any]] = {
     **{key: {"stage": "dpo"} for key in ("pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "ref_model")},
     **{key: {"eval_steps": 3} for key in ("early_stopping_steps", "load_best_model_at_end")},
     "simpo_gamma": {"stage": "dpo", "pref_loss": "simpo"},
     **{key: {"stage": "kto"} for key in ("kto_chosen_weight", "kto_rejected_weight")},
+    "create_new_adapter": {"adapter_name_or_path": "FOLDER/adapter"},
+    **{key: {"quant_bit": 4} for key in ("quant_type", "double_quantization")},
+    **{key: {"finetuning_type": "freeze"} for key in FREEZING},
     "cut_answers": {"overlong": "truncate"},
     "mix_strategy": {"dataset": TWO_SETS},
     "interleave_probs": {"dataset": TWO_SETS, "mix_strategy": "interleave_under"},
@@ -173,7 +197,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 63
+    assert len(CASES) == 82
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
@@ -254,6 +278,18 @@ def test_a_stage_that_starts_from_another_has_that_stages_model_as_its_base(fold
     assert list(chain.stages) == ["sft", "dpo"]
 
 
+def test_a_new_adapter_is_trained_on_what_merging_the_given_one_makes(folder: Path) -> None:
+    stage = {"stage": "sft", "dataset": str(folder / "train.jsonl"), "create_new_adapter": True}
+    given = {"model_name_or_path": str(folder / "model"), "adapter_name_or_path": str(folder / "adapter")}
+    built = build(load_recipe({"name": "keys", **given, **stage}), Home.open()).stages["sft"]
+    merged = built.trained.inputs["base"].source
+    assert isinstance(merged, Step)
+    assert merged.title == "sft/merge:adapter"
+    assert merged.inputs["adapter"].source == LocalFolder(folder / "adapter")
+    assert "adapter" not in built.trained.inputs
+    assert built.model.inputs["base"].source is merged
+
+
 def test_the_seed_counts_for_the_rows_kept_back(folder: Path) -> None:
     kept = {"val_size": 2}
     assert changed(identities(folder, kept), identities(folder, kept | {"seed": 1})) == {"fetch", "train"}
@@ -271,6 +307,9 @@ def test_the_seed_counts_for_the_rows_kept_back(folder: Path) -> None:
         ({"num_train_epochs": 2}, {"num_train_epochs": 2.0}),
         ({"val_size": 0}, {"val_size": 0.0}),
         ({"cutoff_len": 64}, {"model_max_length": 64}),
+        ({"use_qlora": True}, {"quant_bit": 4}),
+        ({"quant_bit": 4}, {"quantization_bit": 4, "quantization_type": "nf4", "double_quant": True}),
+        ({"quant_bit": 8}, {"quant_bit": 8, "use_qlora": True}),
     ],
 )
 def test_settings_that_mean_the_same_have_the_same_keys(
@@ -282,6 +321,14 @@ def test_settings_that_mean_the_same_have_the_same_keys(
 def test_lora_settings_are_not_in_the_key_of_full_tuning(folder: Path) -> None:
     identity = identities(folder, {"finetuning_type": "full"})["sft/train"][1]
     assert [name for name in identity["train"] if name.startswith("lora")] == []
+
+
+def test_how_far_positions_are_stretched_counts_only_where_they_are(folder: Path) -> None:
+    stretched = {"rope_scaling": "linear"}
+    assert changed(identities(folder, stretched), identities(folder, stretched | {"cutoff_len": 99})) == {
+        "tokenize",
+        "train",
+    }
 
 
 def test_files_of_other_names_with_the_same_bytes_change_nothing(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from registry.errors import InputError
 from registry.loading import load_recipe, override
+from registry.optimizers import OPTIMIZERS
 from registry.recipe import FIELDS, Recipe
 from registry.recipes import RECIPES
 from registry.records import EvaluationSettings, TrainSettings
@@ -132,6 +133,50 @@ def test_lora_settings_with_full_tuning_are_refused(data: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            {"finetuning_type": "full", "quant_bit": 4},
+            "quantised weights cannot be moved, only matrices beside them can",
+        ),
+        (
+            {"finetuning_type": "freeze", "use_qlora": True},
+            "Use finetuning_type: lora, or remove quant_bit and use_qlora",
+        ),
+        ({"pissa_init": True, "quant_bit": 8}, "takes singular values out of the base"),
+        ({"pissa_init": True, "use_dora": True}, "Remove one of pissa_init and use_dora"),
+        (
+            {"pissa_init": True, "adapter_name_or_path": "a"},
+            "an adapter that is trained on has its first values already",
+        ),
+        ({"create_new_adapter": True}, "there is no adapter to merge first"),
+        ({"finetuning_type": "freeze", "freeze_trainable_layers": 0}, "leave nothing to train"),
+        (
+            {"quant_bit": 8, "quant_type": "fp4"},
+            "quant_type has no effect with quant_bit 8. Remove it, or use quant_bit: 4",
+        ),
+        ({"quant_bit": 3}, "stages.sft.quant_bit: 3 should be 4 or 8"),
+        ({"flash_attn": "fa2"}, "fa2 computes in bfloat16 only"),
+        ({"optim": "adamw_tourch"}, "'adamw_tourch' is not a known optim. Did you mean adamw_torch"),
+        ({"optim": "lomo"}, "it steps inside the backward pass"),
+        ({"optim": "galore_adamw"}, "projects the gradients of whole weight matrices"),
+        ({"freeze_trainable_layers": 1}, "freeze_trainable_layers has no effect with finetuning_type lora"),
+        ({"finetuning_type": "full", "use_dora": True}, "use_dora has no effect with finetuning_type full"),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused_once_each(data: Path, stage: dict[str, Any], message: str) -> None:
+    text = problems(recipe(data, **stage))
+    assert message in text
+    assert "problems" not in text
+
+
+def test_the_names_of_optimizers_are_those_of_transformers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    assert set(OPTIMIZERS) == {name.value for name in OptimizerNames}
+
+
 def test_an_alias_is_read_and_said_once(data: Path) -> None:
     found: Recipe = load_recipe(recipe(data, model_max_length=64))
     assert found.stages[0].data.cutoff_len == 64
@@ -142,7 +187,7 @@ def test_every_field_says_what_it_is() -> None:
     documented = {name: record.model_fields[name].description for name, record in FIELDS.items()}
     documented |= {name: field.description for name, field in EvaluationSettings.model_fields.items()}
     assert [name for name, text in documented.items() if not text] == []
-    assert len(documented) == 64
+    assert len(documented) == 83
 
 
 def test_derived_values_are_filled_in_and_settings_without_effect_left_out() -> None:

@@ -126,7 +126,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_package_becomes_a_whole_model(smollm2: Path) -> None:
     import torch
 
-    from tasks.train.model import load_base
+    from tasks.train.loading import load_base
 
     output = smollm2 / "output"
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -19,7 +19,7 @@ from tasks.answers import Answer, Chat, answer_questions, generate, stop_ids
 from tasks.evaluate_program import load, work, write_lines
 from tasks.program import Events, ProgramError, Spec
 from tasks.scoring import RowScore, Shards, batches, perplexity, score_batch, score_rows
-from tasks.train.model import load_base
+from tasks.train.loading import load_base
 from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 ROOT = Path(__file__).parents[2]

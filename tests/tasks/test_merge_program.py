@@ -155,3 +155,12 @@ def test_a_base_in_another_dtype_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(4, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ProgramError, match="the base holds I8"):
         saved_dtype(tmp_path)
+
+
+def test_an_adapter_without_a_tokenizer_leaves_the_bases(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (adapter / name).unlink()
+    output = merge(tmp_path / "run", base, adapter)
+    assert (output / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()

@@ -80,11 +80,11 @@ def test_a_packed_row_has_the_logits_it_has_alone(base: Path, attention: str, tr
 
 def test_a_model_that_mixes_packed_rows_is_refused(base: Path) -> None:
     model = load(base)
-    require_separation(model)
+    require_separation(model, {"per_device_train_batch_size": 2, "bf16": False})
     plain = model.forward
     model.forward = lambda input_ids, position_ids, use_cache: plain(input_ids=input_ids)
     with pytest.raises(ProgramError, match=r"lets packed rows see each other.*packing: false"):
-        require_separation(model)
+        require_separation(model, {"per_device_train_batch_size": 2, "bf16": False})
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
