@@ -66,6 +66,9 @@ NEEDS: tuple[Need, ...] = (
     Need(("fsdp",), {"fsdp": SET}, refused=False),
 )
 
+DERIVED = ("zero_stage",)
+"""Conditions that are no settings: what the config that `deepspeed` names divides (`registry.deepspeed.zero_stage`)."""
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "quant_bit",
@@ -164,6 +167,18 @@ REFUSALS: tuple[Refusal, ...] = (
             f"Remove load_best_model_at_end, or {launcher}.",
         )
         for launcher in ("deepspeed", "fsdp")
+    ),
+    Refusal(
+        "deepspeed",
+        {"deepspeed": SET, "zero_stage": (3,), "quant_bit": SET},
+        "ZeRO-3 divides weights, and the scales of a quantised one do not go with its parts",
+        "Use deepspeed: zero2, or remove quant_bit.",
+    ),
+    Refusal(
+        "fsdp",
+        {"fsdp": SET, "quant_bit": SET},
+        "FSDP divides weights, and the scales of a quantised one do not go with its parts",
+        "Use deepspeed: zero2, or remove quant_bit.",
     ),
 )
 

@@ -20,7 +20,7 @@ from registry.combinations import idle, refused
 from registry.core import user_path
 from registry.data_registry import find_dataset
 from registry.data_sources import DataSource
-from registry.deepspeed import deepspeed_config
+from registry.deepspeed import deepspeed_config, zero_stage
 from registry.errors import InputError, Problem, did_you_mean, shown
 from registry.optimizers import OPTIMIZERS
 from registry.recipe_paths import absolute_paths
@@ -263,8 +263,8 @@ def _rules(
     if all(parts):
         values = {key: value for part in parts if part for key, value in part}
         wanted = values["deepspeed"]
-        if wanted:
-            _collect(problems, deepspeed_config, wanted, where("deepspeed"))
+        config = _collect(problems, deepspeed_config, wanted, where("deepspeed")) if wanted else None
+        values["zero_stage"] = zero_stage(config) if config is not None else None
         for part in parts:
             values |= part.resolved() if isinstance(part, TrainSettings) else {}
         problems += [Problem(where(key), rule, cure) for key, rule, cure in refused(values)]
