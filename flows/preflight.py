@@ -13,6 +13,7 @@ from registry.machine import machine_problems
 from registry.models import MODELS
 from tasks.devices import CPU_INFO, cuda_devices, require_bf16, slow_bf16
 from tasks.fetch import count_usable_rows
+from tasks.nodes import nodes_of_environment
 from tasks.model import quantised_reason
 from tasks.render import RowRenderer
 from tasks.steps import LocalFolder
@@ -64,6 +65,9 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         if stage.settings.train.fsdp and not cuda_devices():
             rule = "fsdp needs CUDA devices: accelerate has it for no processor"
             problems.append(Problem(f"stages.{name}.fsdp", rule, "Use deepspeed, or remove it."))
+        if stage.settings.train.fsdp and nodes_of_environment().count > 1:
+            rule = "fsdp on several machines is not there yet: their checkpoints would not be whole"
+            problems.append(Problem(f"stages.{name}.fsdp", rule, "Use deepspeed, or one machine."))
         if stage.settings.train.deepspeed and find_spec("deepspeed") is None:
             cure = "pip install deepspeed"
             problems.append(Problem(f"stages.{name}.deepspeed", "the package deepspeed is not installed", cure))
