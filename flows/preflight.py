@@ -13,8 +13,8 @@ from registry.machine import machine_problems
 from registry.models import MODELS
 from tasks.devices import CPU_INFO, cuda_devices, require_bf16, slow_bf16
 from tasks.fetch import count_usable_rows
-from tasks.nodes import nodes_of_environment
 from tasks.model import quantised_reason
+from tasks.nodes import nodes_of_environment
 from tasks.render import RowRenderer
 from tasks.steps import LocalFolder
 from tasks.template import DEFAULT_DATE, Refusal, compile_template
