@@ -117,10 +117,11 @@ def test_two_processes_have_the_losses_and_weights_of_one(runs: Runs, stage: str
     for weight, tensor in saved.items():
         assert tensor.dtype == wanted_weights[weight].dtype
         torch.testing.assert_close(tensor, wanted_weights[weight], rtol=1e-3, atol=1e-3)
-    numbers = [(runs.folder / f"{name}-{way}" / "output" / "train.json").read_text() for way in ("one", launcher)]
-    assert [text.count("parameters") for text in numbers] == [2, 2]
-    counts = [[line for line in text.splitlines() if "parameters" in line] for text in numbers]
-    assert counts[0] == counts[1]
+    files = [runs.folder / f"{name}-{way}" / "output" / "train.json" for way in ("one", launcher)]
+    one_file, other = (json.loads(file.read_text()) for file in files)
+    for count in ("trainable_parameters", "all_parameters", "trained_parameters"):
+        assert one_file[count]
+        assert one_file[count] == other[count]
 
 
 @pytest.mark.slow
