@@ -47,7 +47,8 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
     """Wait until Prefect's API has the last words of a run: its log lines, and how its tasks ended.
 
     Task states travel as events, behind the run's back, and the server writes them in batches. A server that is ended
-    before they are in shows a finished task as running for ever.
+    before they are in shows a finished task as running for ever. What has not come in time is written directly, from
+    the record.
 
     Args:
         record: of the run.
@@ -63,16 +64,31 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
         with get_client(sync_client=True) as client:
             while unheard := _unheard(client.read_task_runs(flow_run_filter=_tagged(record))):
                 if time.monotonic() > deadline:
-                    say(f"Prefect has not heard how these ended: {', '.join(unheard)}")
+                    say(f"Prefect has not heard how these ended and is told: {', '.join(r.name for r in unheard)}")
+                    ended = {
+                        f"{step['stage']}/{step['step']}": step["state"] for step in record.values.get("steps", [])
+                    }
+                    for run in unheard:
+                        client.set_task_run_state(run.id, _final(ended.get(run.name)), force=True)
                     return
                 time.sleep(0.1)
     except HTTPError as error:
         say(f"Prefect's API could not be asked how the run ended: {type(error).__name__}: {error}")
 
 
-def _unheard(task_runs: list[Any]) -> list[str]:
-    """Names of the tasks that have begun and not ended, as far as the API knows."""
-    return [run.name for run in task_runs if run.state and (run.state.is_running() or run.state.name == "Pending")]
+def _unheard(task_runs: list[Any]) -> list[Any]:
+    """The tasks that have begun and not ended, as far as the API knows."""
+    return [run for run in task_runs if run.state and (run.state.is_running() or run.state.name == "Pending")]
+
+
+def _final(state: str | None) -> Any:
+    """Prefect's state for a step's, as the record has it; None: the record has none."""
+    from prefect.states import Cancelled, Completed, Failed
+
+    if state is None:
+        return Cancelled(message="The run ended before this step did.")
+    kind = Failed if state == "failed" else Completed
+    return kind(message=f"{state}; told by the record of the run")
 
 
 def _tagged(record: RunRecord) -> Any:

@@ -214,7 +214,7 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                client.create_registered_model(name)
+                _create_registered_model(client, name)
             mlflow.set_tracking_uri(tracking_uri(self._home))
             tags = {
                 "llamatuner.digest": model.digest,
@@ -234,8 +234,20 @@ class Tracker:
             )
             return f"{name}/{version.version}"
 
-        found: str | None = self._try(action)
+        with locked(self._home.locks / "mlflow-register.lock"):  # two runs with one model would register it twice
+            found: str | None = self._try(action)
         return found
+
+
+def _create_registered_model(client: Any, name: str) -> None:
+    """Make a registered model, unless another machine just did."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def follow_moved_home(database: Path, before: str, after: str) -> None:

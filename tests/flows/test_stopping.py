@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tests.flows.processes import (
     tree,
     wait_until,
 )
-from tests.flows.toy import LONGEST, run, start, states, toy_recipe
+from tests.flows.toy import LONGEST, PROJECT, run, start, states, toy_recipe
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -181,3 +182,51 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_made(two: dict[str, Any], 
     assert run("run", two["recipe"])["status"] == "completed"
     assert adapter(small_disk) == adapter(two["home"])
     require_nothing_open(small_disk)
+
+
+LOST_EVENTS = """
+import json
+from registry.home import Home
+from flows import reconcile
+from flows.prefect_server import prefect_api
+from flows.run_records import RunRecord
+
+reconcile.SETTLE_SECONDS = 0.0
+home, told = Home.open(), []
+with prefect_api(home):
+    from prefect import flow, tags, task
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    record = RunRecord.start(home, "toy")
+    record.update(steps=[{"stage": "sft", "step": "train", "state": "ran"}])
+
+    @task(task_run_name="{title}")
+    def step(title):
+        return None
+
+    @flow
+    def both():
+        step("sft/train")
+        step("sft/merge")
+
+    with tags(reconcile.run_tag(record)):
+        both()
+    with get_client(sync_client=True) as client:
+        while len(runs := [run for run in client.read_task_runs() if run.state and run.state.is_final()]) < 2:
+            continue
+        for run in runs:
+            client.set_task_run_state(run.id, Running(), force=True)
+        reconcile.settle(record, told.append)
+        print(json.dumps([{run.name: run.state.name for run in client.read_task_runs()}, told]))
+    record.end("completed")
+"""
+
+
+def test_what_prefect_has_not_heard_in_time_is_written_from_the_record(home: Path) -> None:
+    program = [sys.executable, "-c", LOST_EVENTS]
+    done = subprocess.run(program, cwd=PROJECT, capture_output=True, text=True, timeout=LONGEST)
+    assert done.returncode == 0, done.stderr
+    found, told = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"sft/train": "Completed", "sft/merge": "Cancelled"}
+    assert "is told: " in told[0]
