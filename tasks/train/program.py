@@ -280,5 +280,14 @@ def _work_and_part(spec: Spec, events: Events) -> None:
         torch.distributed.destroy_process_group()
 
 
+def optional_packages(spec: Spec) -> set[str]:
+    """Which of `tasks.program.OPTIONAL` training needs: for quantised weights, for the optimizer, for DeepSpeed."""
+    settings = spec.settings["train"]
+    found = {OPTIMIZERS[settings["optim"]].package}
+    found |= {"bitsandbytes"} if settings.get("quant_bit") else set()
+    found |= {"deepspeed"} if settings.get("deepspeed") else set()
+    return {name for name in found if name}
+
+
 if __name__ == "__main__":
-    main(_work_and_part)
+    main(_work_and_part, optional_packages)

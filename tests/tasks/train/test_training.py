@@ -25,7 +25,7 @@ from registry.records import TrainSettings
 from tasks.program import Events, ProgramError, Spec
 from tasks.train.checkpoints import mark_whole, newest_whole, remove_damaged, required_files, rotate
 from tasks.train.output import check_saved_model
-from tasks.train.program import work
+from tasks.train.program import optional_packages, work
 from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 torch.set_num_threads(1)  # on matrices this small two threads mostly wait for each other
@@ -333,3 +333,18 @@ def test_two_processes_have_the_losses_of_one_and_can_be_resumed(inputs: dict[st
     subprocess.run(command, cwd=tmp_path, env=environment(1), check=True)
     assert contents(two) == before
     assert json.loads((two / "report" / "resume.json").read_text()) == {"resumed_from": 4}
+
+
+def test_a_program_imports_bitsandbytes_and_deepspeed_only_for_settings_that_need_them(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    plain, quantised = (
+        make_spec(tmp_path / name, inputs, **more) for name, more in (("a", {}), ("b", {"quant_bit": 4}))
+    )
+    assert optional_packages(Spec.read(plain)) == set()
+    assert optional_packages(Spec.read(quantised)) == {"bitsandbytes"}
+    assert optional_packages(Spec.read(make_spec(tmp_path / "c", inputs, optim="adamw_8bit"))) == {"bitsandbytes"}
+    assert optional_packages(Spec.read(make_spec(tmp_path / "d", inputs, deepspeed="zero2"))) == {"deepspeed"}
+    script = "import sys; from tasks.program import hide; hide({'bitsandbytes'}); import peft; print(peft.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "peft\n", done.stderr
