@@ -60,18 +60,22 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
 
     APILogHandler().flush()
     deadline = time.monotonic() + SETTLE_SECONDS
+    ended = {f"{step['stage']}/{step['step']}": step["state"] for step in record.values.get("steps", [])}
     try:
         with get_client(sync_client=True) as client:
-            while unheard := _unheard(client.read_task_runs(flow_run_filter=_tagged(record))):
-                if time.monotonic() > deadline:
-                    say(f"Prefect has not heard how these ended and is told: {', '.join(r.name for r in unheard)}")
-                    ended = {
-                        f"{step['stage']}/{step['step']}": step["state"] for step in record.values.get("steps", [])
-                    }
-                    for run in unheard:
-                        client.set_task_run_state(run.id, _final(ended.get(run.name)), force=True)
+            while True:
+                known = client.read_task_runs(flow_run_filter=_tagged(record))
+                unheard = _unheard(known)
+                unknown = sorted(ended.keys() - {run.name for run in known})  # not even their beginning has come
+                if not unheard and not unknown:
                     return
+                if time.monotonic() > deadline:
+                    break
                 time.sleep(0.1)
+            names = ", ".join([*(run.name for run in unheard), *unknown])
+            say(f"Prefect has not heard how these ended, and is told of those it knows: {names}")
+            for run in unheard:
+                client.set_task_run_state(run.id, _final(ended.get(run.name)), force=True)
     except HTTPError as error:
         say(f"Prefect's API could not be asked how the run ended: {type(error).__name__}: {error}")
 
