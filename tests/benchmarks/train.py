@@ -59,6 +59,20 @@ def _seconds(lines: list[dict[str, Any]], before: int) -> list[float]:
     return [(tokens[n + 1] - tokens[n]) / line["tokens_per_second"] for n, line in enumerate(lines)]
 
 
+def conversations(data: Path) -> list[dict[str, Any]]:
+    """The rows as TRL reads them."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": "\n".join(filter(None, (row["instruction"], row["input"])))},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
+        for row in rows
+    ]
+
+
 def trl(model: Path, data: Path, folder: Path, steps: int, bf16: bool, packed: bool) -> float:
     """Tokens per second of TRL's trainer."""
     os.environ |= {"HF_HUB_OFFLINE": "1"}
@@ -67,14 +81,6 @@ def trl(model: Path, data: Path, folder: Path, steps: int, bf16: bool, packed: b
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-    turns = [
-        [
-            {"role": "user", "content": "\n".join(filter(None, (row["instruction"], row["input"])))},
-            {"role": "assistant", "content": row["output"]},
-        ]
-        for row in rows
-    ]
     tokenizer = AutoTokenizer.from_pretrained(model)
     if packed:  # the mask of answers needs markers
         tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
@@ -111,7 +117,7 @@ def trl(model: Path, data: Path, folder: Path, steps: int, bf16: bool, packed: b
     trainer = Counting(
         model=AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16" if bf16 else "float32"),
         args=arguments,
-        train_dataset=Dataset.from_list([{"messages": row} for row in turns]),
+        train_dataset=Dataset.from_list(conversations(data)),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Ends()],
