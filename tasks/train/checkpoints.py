@@ -100,11 +100,6 @@ def whole(root: Path, required: Set[str]) -> dict[int, Path]:
     return {step: folder for step, folder in _checkpoints(root).items() if damage(folder, required) is None}
 
 
-def newest_whole(root: Path, required: Set[str]) -> Path | None:
-    """The whole checkpoint of the highest step."""
-    return next(reversed(whole(root, required).values()), None)
-
-
 def remove_damaged(root: Path, required: Set[str]) -> list[str]:
     """Remove what cannot be resumed from; the reasons, one sentence each. For one process only, at the start."""
     reasons = []

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from registry.records import TrainSettings
 from tasks.program import Events, ProgramError, Spec
-from tasks.train.checkpoints import mark_whole, newest_whole, remove_damaged, required_files, rotate
+from tasks.train.checkpoints import mark_whole, remove_damaged, required_files, rotate
 from tasks.train.output import check_saved_model
+from tasks.train.processes import newest_common
 from tasks.train.program import optional_packages, work
 from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_shards, write_spec
 
@@ -206,8 +207,8 @@ def test_a_checkpoint_without_optimizer_state_is_not_whole(tmp_path: Path) -> No
     for step in (9, 10, 11):
         mark_whole(checkpoint(step), ALONE)
     (tmp_path / "checkpoint-11" / "optimizer.pt").unlink()
-    assert newest_whole(tmp_path, ALONE) == tmp_path / "checkpoint-10"
-    assert newest_whole(tmp_path, required_files(range(2), 2)) is None  # the random states of two are not there
+    assert newest_common(tmp_path, ALONE) == tmp_path / "checkpoint-10"
+    assert newest_common(tmp_path, required_files(range(2), 2)) is None  # the random states of two are not there
     rotate(tmp_path, 1, ALONE)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-11"}
     assert remove_damaged(tmp_path, ALONE) == ["removed checkpoint-11: optimizer.pt does not have the 12 bytes it had"]
@@ -283,7 +284,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(inputs: dict[str
         run(spec)
     assert error.value.kind == "not_finite"
     root = tmp_path / "scratch" / "checkpoints"
-    assert newest_whole(root, ALONE) == root / "checkpoint-1"
+    assert newest_common(root, ALONE) == root / "checkpoint-1"
     assert not (tmp_path / "output" / "train.json").exists()
 
 
