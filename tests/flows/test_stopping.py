@@ -229,4 +229,4 @@ def test_what_prefect_has_not_heard_in_time_is_written_from_the_record(home: Pat
     assert done.returncode == 0, done.stderr
     found, told = json.loads(done.stdout.splitlines()[-1])
     assert found == {"sft/train": "Completed", "sft/merge": "Cancelled"}
-    assert "is told: " in told[0]
+    assert "is told of those it knows: sft/merge, sft/train" in told[0]

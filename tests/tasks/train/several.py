@@ -47,4 +47,4 @@ def step_back(spec: Spec) -> None:
 
 
 if __name__ == "__main__":
-    main(work_on_all)
+    main(work_on_all, lambda spec: {"deepspeed"})
