@@ -64,7 +64,7 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
     try:
         with get_client(sync_client=True) as client:
             while True:
-                known = client.read_task_runs(flow_run_filter=_tagged(record))
+                known = client.read_task_runs(flow_run_filter=tagged(record))
                 unheard = _unheard(known)
                 unknown = sorted(ended.keys() - {run.name for run in known})  # not even their beginning has come
                 if not unheard and not unknown:
@@ -95,7 +95,7 @@ def _final(state: str | None) -> Any:
     return kind(message=f"{state}; told by the record of the run")
 
 
-def _tagged(record: RunRecord) -> Any:
+def tagged(record: RunRecord) -> Any:
     """Prefect's filter for the flow runs of a record."""
     from prefect.client.schemas.filters import FlowRunFilter
 
@@ -108,9 +108,9 @@ def _crash_flow_runs(record: RunRecord) -> None:
 
     crashed: Any = Crashed(message="The process died without a word.")
     with get_client(sync_client=True) as client:
-        for task_run in client.read_task_runs(flow_run_filter=_tagged(record)):
+        for task_run in client.read_task_runs(flow_run_filter=tagged(record)):
             if task_run.state and not task_run.state.is_final():
                 client.set_task_run_state(task_run.id, crashed, force=True)
-        for run in client.read_flow_runs(flow_run_filter=_tagged(record)):
+        for run in client.read_flow_runs(flow_run_filter=tagged(record)):
             if run.state and not run.state.is_final():
                 client.set_flow_run_state(run.id, crashed, force=True)

@@ -30,7 +30,8 @@ NO_MEMORY = (
     "cannot allocate memory",
 )  # CUDA's words, PyTorch's, the kernel's
 FULL_BYTES = 1_000_000  # a disk with less is full: less than any weight file or database page cache needs
-OPTIONAL = {"bitsandbytes", "deepspeed"}  # packages that libraries import unasked, and few programs need
+# Packages that libraries import wherever they are installed, and few programs need, or none.
+OPTIONAL = {"bitsandbytes", "deepspeed", "datasets", "pandas", "scipy", "sklearn"}
 LAUNCHER_PID = "LLAMATUNER_LAUNCHER_PID"  # set by tasks.launch, so that a child can tell that its launcher is gone
 
 
@@ -163,7 +164,8 @@ def _write_first(path: Path, text: str) -> None:
 def hide(packages: Iterable[str]) -> None:
     """Make installed packages look absent in this process, so that no library imports them beside its own.
 
-    peft imports bitsandbytes wherever it is installed, which takes 1.9 s of the 7 s before a program begins.
+    peft imports bitsandbytes wherever it is installed, which takes 1.9 s of the 7 s before a program begins;
+    transformers' Trainer imports datasets, and with it pandas: another second.
     """
     for name in packages:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7.0, 4.0), dpi=110)
+    figure.subplots_adjust(0.11, 0.13, 0.89, 0.9)  # fixed: to measure every text first takes as long as to draw
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [line["step"] for line in lines]

@@ -1,10 +1,10 @@
 """`make bench-data`: alpaca rows to packed Arrow shards with labels, beside TRL's own preparation, in one run.
 
 The rows are the oracle's alpaca demo set, made unique by a number in each instruction. Both sides use the same
-tokenizer file and chat template and mask everything but the answers; two worker processes each. Ours is timed twice:
-cold (workers are started, the tokenizer is loaded) and warm (a process that prepared another data set before, as TRL's
-has its tokenizer loaded when the clock starts). Then a large data set: memory of all processes together, time, and
-the time for 1 % more rows.
+tokenizer file and chat template and mask everything but the answers; two worker processes each. Both are timed twice:
+from the start of a process to its end, as whoever types a command sees it, and with everything ready (TRL: trainer and
+tokenizer made; ours: a process that prepared another data set before). Then a large data set: memory of all processes
+together, time, and the time for 1 % more rows.
 
     python -m tests.benchmarks.data [--rows 20000] [--large 1000000] [--skip-peer]
 """
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -153,17 +155,43 @@ def peer(data: Path, folder: Path) -> tuple[float, int]:
     return time.perf_counter() - started, len(made)
 
 
+def in_a_process(side: str, *paths: Path) -> dict[str, Any]:
+    """One preparation by a process of its own: what it measured, and its seconds from start to end."""
+    command = [sys.executable, "-m", "tests.benchmarks.data", "--side", side, *map(str, paths)]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True)
+    whole = time.perf_counter() - started
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured | {"whole_seconds": whole}
+
+
+def one_side(side: str, paths: list[Path]) -> dict[str, Any]:
+    """What a process of its own does and measures."""
+    if side == "peer":
+        seconds, sequences = peer(*paths)
+        return {"seconds": seconds, "sequences": sequences}
+    seconds, counts = ours(*paths)
+    return {"seconds": seconds} | {name: counts[name] for name in ("tokens", "filled", "sequences")}
+
+
 def compare(rows: int, with_peer: bool, root: Path) -> dict[str, Any]:
-    """Ours cold and warm, and the peer's, on the same rows."""
+    """Ours and the peer's on the same rows, turn by turn: whole processes, and with everything ready."""
     model, data = write_model(root / "model"), write_rows(root / "rows.jsonl", 0, rows)
     warm_up = write_rows(root / "other.jsonl", 0, rows // 2, mark="other ")
-    cold, counts = ours(data, model, root / "cold")
     ours(warm_up, model, root / "warm_up")
-    times = sorted(ours(data, model, root / f"warm{number}")[0] for number in range(REPEATS))
-    result = {"rows": rows, "tokens": counts["tokens"], "filled": counts["filled"], "sequences": counts["sequences"]}
-    result |= {"cold_seconds": cold, "warm_seconds": times[len(times) // 2]}
-    if with_peer:
-        result["peer_seconds"], result["peer_sequences"] = peer(data, root / "peer")
+    first, ready, peers = [], [], []
+    for number in range(REPEATS):
+        first.append(in_a_process("ours", data, model, root / f"first{number}"))
+        ready.append(ours(data, model, root / f"ready{number}")[0])
+        if with_peer:
+            peers.append(in_a_process("peer", data, root / f"peer{number}"))
+    result = {"rows": rows} | {name: first[0][name] for name in ("tokens", "filled", "sequences")}
+    result |= {"whole_seconds": median(one["whole_seconds"] for one in first), "ready_seconds": median(ready)}
+    result["first_seconds"] = median(one["seconds"] for one in first)
+    if peers:
+        result["peer_sequences"] = peers[0]["sequences"]
+        result["peer_whole_seconds"] = median(one["whole_seconds"] for one in peers)
+        result["peer_ready_seconds"] = median(one["seconds"] for one in peers)
     return result
 
 
@@ -196,15 +224,21 @@ def report(small: dict[str, Any], many: dict[str, Any] | None) -> str:
         f"| {small['rows']:,} alpaca rows, {small['tokens']:,} tokens, packed to {CUTOFF} | seconds | rows/s | fill |",
         "|---|---|---|---|",
     ]
-    for name, label in (("cold", "LLamaTuner, first in its process"), ("warm", "LLamaTuner, workers running")):
-        seconds = small[f"{name}_seconds"]
-        lines.append(f"| {label} | {seconds:.2f} | {small['rows'] / seconds:,.0f} | {small['filled']:.2%} |")
-    if "peer_seconds" in small:
-        fill = small["tokens"] / (small["peer_sequences"] * CUTOFF)
-        seconds = small["peer_seconds"]
-        lines.append(f"| TRL | {seconds:.2f} | {small['rows'] / seconds:,.0f} | {fill:.2%} |")
-        for name in ("cold", "warm"):
-            lines.append(f"| ratio, {name} | | {seconds / small[f'{name}_seconds']:.1f} x | |")
+    fills = {"": small["filled"]}
+    if "peer_sequences" in small:
+        fills["peer_"] = small["tokens"] / (small["peer_sequences"] * CUTOFF)
+    names = {"": "LLamaTuner", "peer_": "TRL"}
+    timed = {"whole": "a whole process", "ready": "everything ready"}
+    for time_name, said in timed.items():
+        for side, fill in fills.items():
+            seconds = small[f"{side}{time_name}_seconds"]
+            rate = small["rows"] / seconds
+            lines.append(f"| {names[side]}, {said} | {seconds:.2f} | {rate:,.0f} | {fill:.2%} |")
+        if "peer_" in fills:
+            ratio = small[f"peer_{time_name}_seconds"] / small[f"{time_name}_seconds"]
+            lines.append(f"| ratio, {said} | | {ratio:.1f} x | |")
+    first = small["first_seconds"]
+    lines.append(f"| LLamaTuner, a whole process but for its start | {first:.2f} | {small['rows'] / first:,.0f} | |")
     if many:
         lines += ["", f"| {many['rows']:,} rows, {many['bytes'] / 1e6:,.0f} MB | |", "|---|---|"]
         lines += [
@@ -223,7 +257,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--large", type=int, default=1_000_000)
     parser.add_argument("--skip-peer", action="store_true")
+    parser.add_argument("--side", choices=["ours", "peer"], help="used by the benchmark itself")
+    parser.add_argument("paths", nargs="*", type=Path)
     chosen = parser.parse_args()
+    if chosen.side:
+        print(json.dumps(one_side(chosen.side, chosen.paths)))
+        return
     if not ORACLE.is_dir():
         sys.exit(f"{ORACLE} is not there; the rows and the tokenizer come from it (LLAMATUNER_ORACLE)")
     with tempfile.TemporaryDirectory(dir=os.environ.get("LLAMATUNER_BENCH_DIR")) as folder:

@@ -78,9 +78,14 @@ def mlflow_states(home: Path) -> list[str]:
     return _column(home / "mlflow" / "mlflow.db", "SELECT status FROM runs ORDER BY start_time")
 
 
-def prefect_states(home: Path) -> list[str]:
+def prefect_database(home: Path) -> Path:
+    """Where a home keeps what its own Prefect servers know."""
+    return home / "prefect" / "prefect.db"
+
+
+def prefect_states(database: Path) -> list[str]:
     """States of all flow runs, oldest first."""
-    return _column(home / "prefect" / "prefect.db", "SELECT state_type FROM flow_run ORDER BY created")
+    return _column(database, "SELECT state_type FROM flow_run ORDER BY created")
 
 
 def record_states(home: Path) -> list[str]:
@@ -98,16 +103,21 @@ def _column(database: Path, query: str) -> list[str]:
         connection.close()
 
 
-def require_nothing_open(home: Path) -> None:
+def require_nothing_open(home: Path, database: Path | None = None) -> None:
     """No run is called running anywhere, no work is left, no lock is held.
+
+    Args:
+        home: of the runs.
+        database: of the Prefect server that was told of them; the home's own when not given.
 
     Raises:
         AssertionError: something is.
     """
+    database = database or prefect_database(home)
     assert "RUNNING" not in mlflow_states(home)
-    assert "RUNNING" not in prefect_states(home)
+    assert "RUNNING" not in prefect_states(database)
     running = "SELECT flow_run_id || ' ' || name FROM task_run WHERE state_type = 'RUNNING' OR state_name = 'Pending'"
-    assert _column(home / "prefect" / "prefect.db", running) == []
+    assert _column(database, running) == []
     assert "running" not in record_states(home)
     assert list((home / "work").iterdir()) == []
     for path in (home / "locks").iterdir():

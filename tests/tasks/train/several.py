@@ -6,6 +6,7 @@ goes on from the checkpoint before its last one; what it made first is then in `
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -30,6 +31,7 @@ def work_on_all(spec: Spec, events: Events) -> None:
                 step_back(one)
             torch.distributed.barrier()
         work(one, Events(one.events))
+        gc.freeze()  # the libraries are there now: every Trainer collects garbage, and need not walk through them
         done.add(path)
         unset_hf_deepspeed_config()  # else the next model is loaded in parts, as ZeRO-3 wants it
         os.environ.clear()

@@ -20,7 +20,6 @@ from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_
 torch.set_num_threads(1)
 ROWS = 6
 LN2 = math.log(2)
-GOLDEN: dict[tuple[str, str], list[float]] = {}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(folder: Path, stage: str, rows: int = ROWS) -> Path:
     if folder.exists():
         return folder
-    if stage == "sft":
+    if stage in ("pt", "sft"):
         return write_shards(folder, random_rows(rows, seed=rows))
     if stage == "kto":
         return write_shards(folder, random_rows(rows), "labelled", [number % 3 != 0 for number in range(rows)])
