@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
@@ -37,11 +37,15 @@ def server_environment(home: Home) -> dict[str, str]:
 
 
 @contextmanager
-def prefect_api(home: Home) -> Iterator[str]:
+def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Iterator[str]:
     """An API for the body: the one in PREFECT_API_URL, or one of our own on loopback.
 
+    Args:
+        home: where our own keeps its database and its log.
+        meanwhile: done while our own starts, which takes seconds; it may import prefect.
+
     Yields:
-        Its address. The environment points Prefect to it; import prefect only inside the body.
+        Its address. The environment points Prefect to it; import prefect only inside the body, or in `meanwhile`.
 
     Raises:
         RuntimeError: our own did not become healthy; its log is named.
@@ -54,13 +58,14 @@ def prefect_api(home: Home) -> Iterator[str]:
     with locked(home.locks / "prefect-start.lock"):  # two migrations of one new database at once would fail
         port = _free_port()
         server = _start(home, port)
-        url = f"http://127.0.0.1:{port}/api"
+        url = os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
         try:
+            meanwhile()
             _wait(server, url, home.prefect / "server.log")
         except BaseException:
+            del os.environ["PREFECT_API_URL"]
             _stop(server)
             raise
-    os.environ["PREFECT_API_URL"] = url
     try:
         yield url
     finally:

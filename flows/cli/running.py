@@ -79,7 +79,8 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
     view = make_view(console)
     stop = threading.Event()
     try:
-        with prefect_api(home), stopping(stop, view.say):  # until here a signal unwinds: there is nothing to close
+        with prefect_api(home, _import_prefect), stopping(stop, view.say):
+            # until here a signal unwinds: there is nothing to close
             session = Session(pipeline, home, view, stop)
             status = _flow(session)
     finally:
@@ -95,6 +96,11 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
         say_error(str(session.error_text()))
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     return DONE if status == "completed" else FAILED
+
+
+def _import_prefect() -> None:
+    """It takes as long as the server's start."""
+    import flows.pipeline  # noqa: F401 - for the time it takes
 
 
 def _flow(session: Any) -> str:

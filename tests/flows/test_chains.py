@@ -10,6 +10,7 @@ import pytest
 
 from registry.errors import InputError
 from registry.loading import load_recipe
+from tests.flows.conftest import Server
 from tests.flows.toy import run, states, toy_recipe
 
 
@@ -48,7 +49,11 @@ def chain(folder: Path) -> Path:
     return path
 
 
-def test_a_chain_is_one_run_and_a_change_of_dpo_redoes_dpo_only(tmp_path: Path, home: Path) -> None:
+@pytest.mark.slow
+def test_a_chain_is_one_run_and_a_change_of_dpo_redoes_dpo_only(
+    tmp_path: Path, home: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server.url)
     recipe = str(chain(tmp_path / "recipe"))
     first = run("run", recipe)
     assert first["status"] == "completed"

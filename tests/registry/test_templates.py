@@ -15,7 +15,6 @@ from flows.cli.looking import list_registries
 from registry.errors import InputError
 from registry.templates import FOLDER, NAMES, TEMPLATES, TemplateEntry, find_template, template_text
 from tasks.template import ChatTemplate, Refusal, Rendered, compile_template, trained_spans
-from tests.oracle import tokenizer_folder
 
 FILES = sorted(FOLDER.rglob("*.jinja"))
 NAMED = sorted(path.name.removesuffix(".jinja") for path in FILES)
@@ -35,29 +34,6 @@ TOOLS: list[dict[str, Any]] = [
 # Two refuse a system message, these drop it.
 NO_SYSTEM = {"gemma", "mistral-v0.1"}
 LOSES_SYSTEM = {"falcon", "mistral-nemo", "mistral-v0.3", "phi-3-first", "phi-3-medium"}
-# Tokenizers that the models of a template have, for the count of BOS tokens.
-TOKENIZER_OF = {
-    "baichuan": "baichuan2",
-    "chatml": "yi",
-    "cohere": "command-r-plus",
-    "deepseek": "deepseek-llm",
-    "deepseek3": "deepseek-v2",
-    "glm4": "glm-4",
-    "glm4-0414": "glm-4",
-    "glm4.5": "glm-4.5",
-    "mistral-v0.1": "mistral-v1",
-    "mistral-v0.2": "mistral-v1",
-    "mistral-v0.3": "mistral-v3",
-    "phi-3-first": "phi-3",
-    "phi-3-medium": "phi-3",
-    "qwen1.5": "qwen2.5",
-    "qwen2": "qwen2.5",
-    "qwen3-nothink": "qwen3",
-    "qwq": "qwen3",
-    "yi-1.5": "yi",
-    "zephyr": "mistral-v1",
-    **dict.fromkeys(["alpaca", "default", "empty", "solar", "vicuna", "xverse", "yuan"], "llama2"),
-}
 
 
 def call(name: str, arguments: Any) -> dict[str, Any]:
@@ -201,24 +177,6 @@ def test_thinking_is_switched_by_a_variable_and_earlier_reasoning_is_reported_lo
     assert isinstance(before, Rendered)
     assert before.lost == ("reasoning",)
     assert make("deepseek-r1").render_training(thinking).lost == ("reasoning",)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_exactly_one_bos_stands_at_the_start_whoever_writes_it(name: str) -> None:
-    folder = tokenizer_folder(TOKENIZER_OF.get(name, name))
-    template = ChatTemplate.from_folder(folder, template_text(name, "template"))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    bos, eos = (dict(template.special_tokens).get(f"{kind}_token") for kind in ("bos", "eos"))
-    text = template.render(TALK[:2])
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    number = tokenizer.token_to_id(bos) if bos else None
-    adds = number is not None and tokenizer.encode("x").ids[0] == number
-    written = bos is not None and text.startswith(bos)
-    if name == "smollm2":  # whose BOS is <|im_start|>, which begins every turn
-        assert (ids[0], adds, written) == (number, False, True)
-        return
-    count = ids.count(number) - (bos == eos and text.endswith(f"{eos}\n\n"))  # type: ignore[arg-type]
-    assert count + (adds and not written) == (1 if adds or written else 0)
 
 
 @pytest.mark.parametrize("name", NAMED)

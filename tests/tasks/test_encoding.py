@@ -9,12 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from registry.templates import template_text
 from tasks.encoding import Encoder
-from tasks.template import ChatTemplate, Rendered
-from tests.oracle import ORACLE, TOKENIZERS, conversations, golden_rows, tokenizer_folder
 
-GOLDEN = sorted(path.stem for path in (ORACLE / "golden").glob("*.jsonl"))
 CONTROL = frozenset({"<s>", "</s>", "<|end|>"})
 
 
@@ -127,42 +123,3 @@ def test_the_unknown_is_still_unknown() -> None:
 def test_the_import_needs_only_tokenizers() -> None:
     code = "import sys, tasks.encoding; print({'torch', 'transformers', 'numpy', 'jinja2'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
-
-
-@pytest.mark.parametrize("name", sorted({TOKENIZERS.get(name, name) for name in GOLDEN}))
-def test_published_tokenizers_encode_as_ever_and_make_no_control_token_of_typed_text(name: str) -> None:
-    folder = tokenizer_folder(name)
-    published = [golden for golden in GOLDEN if TOKENIZERS.get(golden, golden) == name]
-    templates = [
-        ChatTemplate.from_folder(folder, template_text({"chatml-qwen2.5": "chatml"}.get(golden, golden), "template"))
-        for golden in published
-    ]
-    encoder = Encoder(Tokenizer.from_file(str(folder / "tokenizer.json")), templates[0].control_tokens)
-    for golden in published:
-        for row in golden_rows(golden):
-            if row["ok"]:
-                ids, offsets = encoder.encode(row["text"])
-                assert ids == row["ids"]
-                assert encoder.encode_apart(row["text"], ()) == (ids, offsets)
-    for template in templates:
-        typed = " a ".join(sorted(template.control_tokens)[:40])
-        own = [{"role": "user", "content": typed}, {"role": "assistant", "content": f"it is {typed}."}]
-        assert typed_become_text(template, encoder, own) >= 2
-        for conversation in conversations().values():
-            if conversation["id"][:3] in ("c24", "c26", "c27"):  # control text of many families
-                typed_become_text(template, encoder, conversation["messages"])
-
-
-def typed_become_text(template: ChatTemplate, encoder: Encoder, messages: list[dict[str, str]]) -> int:
-    """Check a row whose messages type control tokens; how many."""
-    row = template.render_training(messages)
-    assert isinstance(row, Rendered), row
-    forbidden = control_ids(encoder.tokenizer, template.control_tokens)
-    ids, offsets = encoder.encode(row.text, row.typed)
-    for number, (start, end) in zip(ids, offsets, strict=True):
-        inside = any(begin < end and start < stop for begin, stop in row.typed)
-        assert not (inside and number in forbidden), row.text[start:end]
-    as_published, _ = encoder.encode(row.text)
-    texts = [encoder.tokenizer.decode(found, skip_special_tokens=False) for found in (ids, as_published)]
-    assert texts[0].replace(" ", "") == texts[1].replace(" ", "")
-    return len(row.typed)

@@ -18,15 +18,12 @@ from registry.loading import load_recipe
 from tasks.digests import DigestMemory
 from tasks.fetch import ROWS, fetch_step
 from tasks.model import base_input
-from tasks.preview import ADDED, CONTROL, NO_TOKEN, TYPED, SeenRow, TokenPiece, rows_seen, token_pieces
+from tasks.preview import ADDED, CONTROL, NO_TOKEN, TYPED, SeenRow, TokenPiece, rows_seen
 from tasks.preview_page import FIRST_LINE, StageRows, preview_page, visible
 from tasks.reading import BadRow
 from tasks.render import render_step
 from tasks.shards import tokenize_step
 from tasks.steps import Step
-from tasks.template_files import added_tokens
-from tasks.tokens import TOKENIZERS, Text, TextEncoder
-from tests.oracle import tokenizer_folder
 from tests.tasks.test_data_steps import make
 from tests.tiny import tiny_model
 
@@ -90,29 +87,6 @@ def test_pieces_join_to_the_text_and_their_ids_are_those_trained_on(
         assert sum(piece.trained for piece in row.pieces) == row.trained_tokens
         marks = [piece.trained for piece in row.pieces if piece.token is not None]
         assert marks == [label != -100 for label in row.labels or ()]
-
-
-@pytest.mark.parametrize("name", ["llama2", "gemma", "mistral-v1", "phi-3", "qwen2.5", "llama3", "deepseek-llm"])
-def test_pieces_of_published_tokenizers_join_to_the_text(name: str) -> None:
-    folder = tokenizer_folder(name)
-    control = frozenset(token["content"] for token in added_tokens(folder / "tokenizer.json") if token["special"])
-    encoder = TextEncoder(folder, control, TOKENIZERS)
-    typed = sorted(control)[0]
-    for given in CHATS:
-        text = typed.join(message["content"] for message in given["messages"])
-        start = len(given["messages"][0]["content"].encode())
-        spans = [0, len(text.encode())]
-        borders = [start, start + len(typed.encode())] if len(given["messages"]) == 2 else []
-        batch = encoder.encode([Text(text, spans, borders)])
-        row = SeenRow(
-            "f", 0, "p", text=text, typed=borders, input_ids=batch.ids.tolist(), labels=batch.labels().tolist()
-        )
-        pieces = list(token_pieces(row, encoder))
-        assert "".join(piece.text for piece in pieces) == text
-        assert [piece.token for piece in pieces if piece.token is not None] == row.input_ids
-        assert sum(piece.trained for piece in pieces) == row.trained_tokens
-        assert any(piece.kind == TYPED for piece in pieces) == bool(borders)
-        assert (pieces[0].kind == ADDED) == encoder.writes_bos(text)
 
 
 def test_typed_control_tokens_are_told_from_real_ones(model: Path, tmp_path: Path) -> None:

@@ -12,11 +12,8 @@ import numpy
 import pytest
 from tokenizers import AddedToken, Tokenizer, processors
 
-from tasks.program import ProgramError
-from tasks.template_files import added_tokens
 from tasks.tokens import (
     FASTOKENS,
-    NOT_FAST,
     TOKENIZERS,
     Text,
     TextEncoder,
@@ -26,58 +23,8 @@ from tasks.tokens import (
     join,
     with_end,
 )
-from tests.oracle import ORACLE, conversations, need_oracle, tokenizer_folder
 from tests.tasks.test_data_steps import answers, make, question, sequences, steps_of, write
 from tests.tiny import tiny_model
-
-PUBLISHED = sorted(path.name for path in (ORACLE / "tokenizers").glob("*") if path.is_dir())
-FAST = frozenset(
-    {
-        "command-r-plus",
-        "glm-4",
-        "glm-4.5",
-        "gpt-oss",
-        "gpt2",
-        "llama3",
-        "llama3.1",
-        "minimax-m1",
-        "mistral-nemo",
-        "mpt",
-        "phi-2",
-        "qwen2.5",
-        "qwen3",
-        "qwen3.5",
-        "smollm2",
-        "starcoder2",
-    }
-)
-NASTY = [
-    "",
-    " ",
-    "\n",
-    "\t \n  ",
-    "hello  ",
-    "  hello",
-    "a\n\n\n",
-    "e\u0301",
-    "é",
-    "a\u0308\u0323b",
-    "\u1112\u1161\u11ab 한국어",
-    "🙂👩‍👩‍👧 🇩🇪",
-    "1234567890123456789012345",
-    "3.14159 2,000",
-    "don't I'LL we've",
-    "\u00a0nbsp\u2003em",
-    "x" * 300,
-    " " * 50 + "x",
-    "\u200b\ufeff",
-    "\U0010ffff\ue000",
-    "ﬁ ligature Ⅷ ①",
-    "مرحبا",
-    "\r\n\r\n",
-    "<|",
-    "\x00\x01",
-]
 
 
 @pytest.fixture(scope="module")
@@ -92,53 +39,10 @@ def cut_up(text: str) -> list[int]:
     return flat[: len(flat) // 2 * 2]
 
 
-def texts_for(folder: Path) -> list[Text]:
-    """Nasty strings, conversations, and added tokens in the middle of things."""
-    said = ["\n".join(str(m.get("content") or "") for m in row["messages"]) for row in conversations().values()]
-    added = [token["content"] for token in added_tokens(folder / "tokenizer.json")]
-    around = [form.format(t) for t in (*added[:6], *added[-6:]) for form in ("{}", "a {} b", "a{}b", " {} ", "\n{}\n")]
-    return [Text(text, cut_up(text)) for text in (*NASTY, *said, *around)]
-
-
-def slowly(encoder: TextEncoder, text: Text) -> tuple[list[int], list[bool]]:
-    """Ids and marks of one text in plain Python: a token counts where it begins, in bytes."""
-    encoding = encoder.tokenizer.encode(text.text, add_special_tokens=False)
-    starts = [len(text.text[:start].encode()) for start, _ in encoding.offsets]
-    pairs = list(zip(text.spans[::2], text.spans[1::2], strict=True))
-    marks = [any(first <= start < last for first, last in pairs) for start in starts]
-    ids = list(encoding.ids)
-    if encoder.bos and ids[:1] != [encoder.bos[1]]:
-        return [encoder.bos[1], *ids], [False, *marks]
-    return ids, marks
-
-
 def rows(batch: TokenBatch) -> list[tuple[list[int], list[bool]]]:
     """The rows of a batch as lists."""
     spans = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
     return [(batch.ids[a:b].tolist(), batch.trained[a:b].tolist()) for a, b in spans]
-
-
-@pytest.mark.parametrize("name", PUBLISHED or [None])
-def test_the_fast_library_gives_what_the_reference_gives(name: str | None) -> None:
-    need_oracle()
-    assert name is not None
-    folder = tokenizer_folder(name)
-    if name not in FAST:
-        with pytest.raises(ProgramError, match="not one that fastokens does") as raised:
-            TextEncoder(folder, frozenset(), FASTOKENS)
-        assert raised.value.kind == NOT_FAST
-        return
-    texts = texts_for(folder)
-    fast = TextEncoder(folder, frozenset(), FASTOKENS)
-    assert fast.agrees(texts)  # with the reference that it has loaded: loading it anew is what takes time here
-    found = rows(fast.encode(texts))
-    for text, one in zip(texts, found, strict=True):
-        assert one == slowly(fast, text), text
-    assert rows(fast.encode(texts[::-1])) == found[::-1]  # what it remembers of earlier texts changes nothing
-    if fast.bos:
-        for text, (ids, _) in zip(texts, found, strict=True):
-            assert ids.count(fast.bos[1]) == text.text.count(fast.bos[0]) + (not text.text.startswith(fast.bos[0]))
-        assert all(ids[0] == fast.bos[1] for ids, _ in found)
 
 
 @pytest.mark.parametrize("library", [FASTOKENS, TOKENIZERS])

@@ -29,7 +29,8 @@ from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_
 
 torch.set_num_threads(1)
 STEPS = 4
-KILLED: dict[str, Any] = {"deepspeed": "zero2", "max_steps": 20, "finetuning_type": "lora"}
+KILLED: dict[str, Any] = {"max_steps": 20, "finetuning_type": "lora"}
+SHORT: dict[str, Any] = {"per_device_train_batch_size": 1, "num_train_epochs": 2.0, "max_steps": None, "save_steps": 2}
 RUNS = [
     *((stage, method, launcher) for stage in ("sft", "dpo") for method in ("lora", "full")
       for launcher in ("ddp", "zero2", "zero3")),
@@ -51,15 +52,18 @@ class Runs:
         self.shards = dict.fromkeys(("dpo", "rm", "orpo"), pairs) | {
             "sft": write_shards(folder / "rows", random_rows(6)),
             "kto": write_shards(folder / "marked", random_rows(6), "labelled", marks),
+            "short": write_shards(folder / "ten", random_rows(10)),  # 4 + 4 + 2 rows an epoch
         }
 
-    def spec(self, name: str, stage: str, save_steps: int = 100, **fields: Any) -> Path:
+    def spec(self, name: str, stage: str, save_steps: int = 100, shards: str = "", **fields: Any) -> Path:
         """The spec of a run."""
         fields = {"max_steps": STEPS, "learning_rate": 1e-2, "stage": stage} | fields
         nodes = {"nnodes": fields.pop("nnodes")} if "nnodes" in fields else {}
         settings = {"train": TrainSettings(**fields).identity() | nodes, "packing": False, "base_digest": "base-0"}
         runtime = {"logging_steps": 1, "save_steps": save_steps, "save_total_limit": 2, "base_name": "tiny"}
-        return write_spec(self.folder / name, settings, {"base": self.base, "shards": self.shards[stage]}, runtime)
+        return write_spec(
+            self.folder / name, settings, {"base": self.base, "shards": self.shards[shards or stage]}, runtime
+        )
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The line of every step of a run."""
@@ -90,6 +94,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         fields = {"finetuning_type": method, "gradient_accumulation_steps": 4}
         spec = Spec.read(made.spec(f"{stage}-{method}-one", stage, **fields))
         work(spec, Events(spec.events))
+    short = Spec.read(made.spec("short-one", "sft", shards="short", **SHORT, gradient_accumulation_steps=4))
+    work(short, Events(short.events))
     specs = []
     for stage, method, launcher in RUNS:
         fields = {"finetuning_type": method, "gradient_accumulation_steps": 2, "nproc_per_node": 2}
@@ -98,6 +104,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     pair = {"nproc_per_node": 2, "finetuning_type": "lora", "save_steps": 2}
     specs.append(str(made.spec("whole", "sft", **KILLED | pair)))
     specs += [str(made.spec("again", "sft", deepspeed="zero3", **pair))] * 2
+    pair = {"nproc_per_node": 2, "gradient_accumulation_steps": 2}
+    specs += [str(made.spec("short-two", "sft", shards="short", **SHORT, **pair))] * 2
     several = write_spec(made.folder / "several", {"specs": specs}, {}, {})
     launch(several, "tests.tasks.train.several", processes=2, deadline=600)
     return made
@@ -145,6 +153,20 @@ def test_a_run_with_a_killed_rank_ends_at_once_and_is_resumed_to_the_same_bytes(
     resumed = [text for text in notes if text.startswith("resumed from step")]
     assert len(resumed) == 1
     assert files(runs.folder / "killed" / "output") == files(runs.folder / "whole" / "output")
+
+
+@pytest.mark.slow
+def test_a_short_step_is_divided_as_one_process_does_it_and_a_run_with_it_is_resumed(runs: Runs) -> None:
+    one, two = runs.lines("short-one"), runs.lines("short-two")
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert len(two) == 6
+    outputs = [runs.folder / name for name in ("short-one/output", "short-two/output", "short-two/output-before")]
+    tokens = [json.loads((output / "train.json").read_text())["trained_tokens"] for output in outputs]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert files(outputs[1]) == files(outputs[2])
+    assert json.loads((outputs[1] / "report" / "resume.json").read_text()) == {"resumed_from": 4}
+    steps = [e["step"] for e in read_lines(runs.folder / "short-two" / "events.jsonl") if e["kind"] == "progress"]
+    assert steps == [1, 2, 3, 4, 5, 6, 5, 6]  # told once, by the first process
 
 
 @pytest.mark.slow

@@ -312,30 +312,6 @@ def test_a_run_ended_by_sigkill_is_resumed_to_the_same_bytes(inputs: dict[str, P
     assert [line["step"] for line in read_lines(lines)] == list(range(1, 61))
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_losses_of_one_and_can_be_resumed(inputs: dict[str, Path], tmp_path: Path) -> None:
-    shards = {"shards": write_shards(tmp_path / "shards", random_rows(10))}  # the third step of an epoch has two rows
-    fields: dict[str, Any] = {"per_device_train_batch_size": 1, "num_train_epochs": 2.0}
-    one = run(make_spec(tmp_path / "one", inputs | shards, gradient_accumulation_steps=4, **fields))
-    fields |= {"gradient_accumulation_steps": 2, "nproc_per_node": 2}
-    spec = make_spec(tmp_path / "two", inputs | shards, save_steps=2, **fields)
-    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    command = [sys.executable, "-m", *torchrun, "-m", "tasks.train.program", str(spec)]
-    subprocess.run(command, cwd=tmp_path, env=environment(1), check=True)
-    two = tmp_path / "two" / "output"
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert len(losses(two)) == 6
-    steps = [event["step"] for event in read_lines(tmp_path / "two" / "events.jsonl") if event["kind"] == "progress"]
-    assert steps == [1, 2, 3, 4, 5, 6]
-    tokens = [json.loads((output / "train.json").read_text())["trained_tokens"] for output in (one, two)]
-    assert tokens[0] == tokens[1]
-    before = contents(two)
-    shutil.rmtree(tmp_path / "two" / "scratch" / "checkpoints" / "checkpoint-6")
-    subprocess.run(command, cwd=tmp_path, env=environment(1), check=True)
-    assert contents(two) == before
-    assert json.loads((two / "report" / "resume.json").read_text()) == {"resumed_from": 4}
-
-
 def test_a_program_imports_bitsandbytes_and_deepspeed_only_for_settings_that_need_them(
     inputs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -346,6 +322,9 @@ def test_a_program_imports_bitsandbytes_and_deepspeed_only_for_settings_that_nee
     assert optional_packages(Spec.read(quantised)) == {"bitsandbytes"}
     assert optional_packages(Spec.read(make_spec(tmp_path / "c", inputs, optim="adamw_8bit"))) == {"bitsandbytes"}
     assert optional_packages(Spec.read(make_spec(tmp_path / "d", inputs, deepspeed="zero2"))) == {"deepspeed"}
-    script = "import sys; from tasks.program import hide; hide({'bitsandbytes'}); import peft; print(peft.__name__)"
+    script = (
+        "from importlib.util import find_spec; from tasks.program import hide; "
+        "hide({'bitsandbytes'}); print(find_spec('bitsandbytes'), bool(find_spec('deepspeed')))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "peft\n", done.stderr
+    assert done.stdout == "None True\n", done.stderr
