@@ -178,7 +178,9 @@ class TakingHub(SmallHub):
 
     def _api(self, parts: list[str]) -> None:
         """Of a repository that was made here: whether it is private, and what it holds."""
-        if parts[0] != "models" or parts[2] not in ("mine", "open"):
+        if self.headers.get("Authorization") not in (None, f"Bearer {self.known}"):
+            self._answer(401, b'{"error": "Invalid username or password."}', {})
+        elif parts[0] != "models" or parts[2] not in ("mine", "open"):
             super()._api(parts)
         elif parts[3:4] == ["tree"]:
             files = [{"type": "file", "path": p, "size": len(b), "oid": "0"} for p, b in sorted(self.received.items())]
