@@ -11,6 +11,8 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -31,7 +33,7 @@ from tasks.artifacts import Artifact, Store
 from tasks.digests import DigestMemory
 from tasks.steps import do
 from tests.flows.test_chains import write_pairs
-from tests.flows.toy import run, toy_recipe
+from tests.flows.toy import PROJECT, run, toy_recipe
 from tests.small_hub import TakingHub, serving, taking_hub
 
 pytestmark = pytest.mark.slow
@@ -265,11 +267,15 @@ def test_options_that_cannot_be_are_refused_at_once(
     assert set(tmp_path.iterdir()) == before
 
 
-def test_without_a_folder_named_it_is_made_here(
+def test_without_a_folder_named_it_is_made_here_and_progress_is_told(
     recipe: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ask(capsys, recipe, "--stage", "sft")["folder"] == str(tmp_path / "three-sft")
+    monkeypatch.setattr("flows.cli.exporting.SECONDS", 0.0)
+    monkeypatch.setattr("flows.cli.exporting.LOG_SECONDS", 0.0)
+    assert run_app(["export", recipe, "--stage", "sft"]) == 0
+    told = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert list(dict.fromkeys(told)) == ["checking", "writing", "reading back", str(tmp_path / "three-sft")]
     answer = ask(capsys, recipe, "--stage", "sft", code=2)
     assert "three-sft: is there and is not empty" in answer["error"]
 
@@ -302,6 +308,10 @@ def test_a_push_sends_exactly_the_folder_and_the_token_is_nowhere(
     assert not [data for data in written if handler.known.encode() in data]
     again = run(*command, code=2, **environment)
     assert "is not empty" in again["error"]
-    shutil.rmtree(tmp_path / "out")
-    assert "401" in run(*command, code=2, **environment | {"HF_TOKEN": "hf_other"})["error"]
-    assert not (tmp_path / "out").exists()
+
+
+def test_the_process_that_exports_and_rounds_never_loads_torch(recipe: str, tmp_path: Path) -> None:
+    code = "import sys; from flows.cli.app import run_app; print(run_app(sys.argv[1:]), 'torch' in sys.modules)"
+    command = ["export", recipe, "--stage", "sft", "--dtype", "float16", "--to", str(tmp_path / "out")]
+    ended = subprocess.run([sys.executable, "-c", code, *command], cwd=PROJECT, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] == "0 False"
