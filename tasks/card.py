@@ -103,6 +103,8 @@ class Card:
     """Whether the last stage was trained on conversations."""
     adapter: bool
     """The adapter of the last stage alone."""
+    on_base: bool
+    """The last stage starts from the base itself, so its adapter goes onto that."""
     saved_dtype: str
     dtype: str
 
@@ -111,11 +113,6 @@ class Card:
         """The artifact whose weights these are."""
         made = self.stages[-1].made
         return made[0] if self.adapter else made[-1]
-
-    @property
-    def on_base(self) -> bool:
-        """An adapter goes onto the base itself, not onto what an earlier stage made."""
-        return len(self.stages) == 1
 
     def text(self) -> str:
         """README.md."""
@@ -202,7 +199,7 @@ class Card:
         rounded = f", rounded once from {self.saved_dtype}" if self.dtype != self.saved_dtype else ""
         text += f" Made with LLamaTuner from `{self.base.name}`: {chain}. The weights are in {self.dtype}{rounded}."
         if self.adapter and not self.on_base:
-            text += f" Export stage `{last.starts_from}` as well, or this stage without `--adapter`."
+            text += " To have those, export the stage it starts from as well, or this one without `--adapter`."
         return text
 
     def _lineage(self) -> str:

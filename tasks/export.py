@@ -41,6 +41,8 @@ DTYPES = tuple(CODES)
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT_SHARD_SIZE = "5GB"
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]B)", re.IGNORECASE)
+DAMAGED = "The artifact is damaged: remove its folder, and run the recipe again."
+PARTIAL = ".llamatuner-partial"  # of the folder that is being written; what a killed export left is removed
 SPARE_BYTES = 50_000_000  # for what is not weights, and for the file system itself
 
 Told = Callable[[str, int, int], None]
@@ -122,10 +124,14 @@ def saved_dtype(artifact: Artifact) -> str:
     Raises:
         InputError: one that cannot be exported.
     """
-    code = commonest_dtype(read_tensors(artifact.path))
+    where = f"{artifact.step}/{artifact.path.name}"
+    try:
+        code = commonest_dtype(read_tensors(artifact.path))
+    except ValueError as error:
+        raise InputError(Problem(where, f"its weights cannot be read: {error}", DAMAGED)) from error
     if code not in FLOATS:
-        rule = f"its weights are saved as {code or 'nothing'}; {', '.join(FLOATS)} are exported"
-        raise InputError(Problem(f"{artifact.step}/{artifact.path.name}", rule, "Run the recipe again."))
+        rule = f"its weights are saved as {code or 'nothing'}"
+        raise InputError(Problem(where, rule, f"What is {', '.join(FLOATS)} can be exported."))
     return FLOATS[code]
 
 
@@ -147,7 +153,7 @@ def export(wanted: Exported, card: str, home: Home, told: Told) -> dict[str, int
     tensors = read_tensors(wanted.artifact.path)
     files = share_out(tensors, wanted.stem, wanted.max_shard_size, wanted.dtype)
     weights = sum(tensor.written_size(wanted.dtype) for tensor in tensors)
-    partial = wanted.target.with_name(f".{wanted.target.name}.partial")
+    partial = wanted.target.with_name(f".{wanted.target.name}{PARTIAL}")
     lock = home.locks / f"export-{hashlib.sha256(os.fsencode(wanted.target)).hexdigest()[:24]}.lock"
     with try_lock(lock) as free:
         if not free:
@@ -177,26 +183,29 @@ def _require_room(folder: Path, weights: int) -> None:
         raise InputError(Problem(f"--to {folder}", rule, "Free space, or name a folder on another disk."))
 
 
-def _require_whole(artifact: Artifact, told: Told) -> None:
-    """What goes out under an artifact's digest is what the digest says."""
-    done = 0
-    for name, (size, sha) in artifact.files.items():
-        told("checking", done, artifact.size)
-        if sha256_file(artifact.path / name) != sha:
-            rule = f"{name} has other content than its sha256 says"
-            cure = "Run `llamatuner artifacts verify`, remove the artifact, and run the recipe again."
-            raise InputError(Problem(f"{artifact.step}/{artifact.path.name}", rule, cure))
-        done += size
-
-
-def _write(wanted: Exported, folder: Path, files: dict[str, list[Tensor]], weights: int, card: str, told: Told) -> None:
+def _counting(what: str, total: int, told: Told) -> Callable[[int], None]:
+    """A function that is given the bytes done since its last call, and tells how many are done."""
     done = 0
 
     def count(size: int) -> None:
         nonlocal done
         done += size
-        told("writing", done, weights)
+        told(what, done, total)
 
+    return count
+
+
+def _require_whole(artifact: Artifact, told: Told) -> None:
+    """What goes out under an artifact's digest is what the digest says."""
+    count = _counting("checking", artifact.size, told)
+    for name, (_, sha) in artifact.files.items():
+        if sha256_file(artifact.path / name, count) != sha:
+            rule = f"{name} has other content than its sha256 says"
+            raise InputError(Problem(f"{artifact.step}/{artifact.path.name}", rule, DAMAGED))
+
+
+def _write(wanted: Exported, folder: Path, files: dict[str, list[Tensor]], weights: int, card: str, told: Told) -> None:
+    count = _counting("writing", weights, told)
     for name, tensors in files.items():
         write_tensors(folder / name, tensors, wanted.dtype, count)
     if len(files) > 1:
@@ -206,7 +215,8 @@ def _write(wanted: Exported, folder: Path, files: dict[str, list[Tensor]], weigh
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(wanted.artifact.path / name, folder / name)
-    _mend(folder / "config.json", lambda config: _with_dtype(config, wanted.dtype))
+    if dtype := wanted.dtype:
+        _mend(folder / "config.json", lambda config: {"dtype": dtype} | _with_dtype(config, dtype))
     _mend(folder / ADAPTER_CONFIG, lambda config: _with_base(config, wanted.adapter_base))
     (folder / CARD).write_text(card, encoding="utf-8")
     for path in _files(folder):
@@ -222,10 +232,8 @@ def _mend(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Non
             _write_json(path, after)
 
 
-def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """A model's config, and those in it for its parts, with another dtype."""
-    if dtype is None:
-        return config
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A model's config, and those in it for its parts, with another dtype where they say one."""
     changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if config.get(key) in DTYPES}
 
@@ -244,13 +252,7 @@ def _read_back(wanted: Exported, folder: Path, files: dict[str, list[Tensor]], w
     Raises:
         OSError: they differ: the disk did not keep what it was given.
     """
-    done = 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        told("reading back", done, weights)
-
+    count = _counting("reading back", weights, told)
     for name, tensors in files.items():
         found = difference(folder / name, tensors, wanted.dtype, count)
         if found:

@@ -1,6 +1,6 @@
 """safetensors files as bytes: what is in them, and copies of them in other files and another dtype.
 
-One decision: no torch. Weights go through memory in pieces of 16 MB and are rounded once, to the nearest, ties to even,
+One decision: no torch. Weights go through memory in pieces of 1 MB and are rounded once, to the nearest, ties to even,
 as torch rounds. So the process that exports stays small, whatever the model's size.
 """
 
@@ -23,7 +23,7 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 CODES = {name: code for code, name in FLOATS.items()}
 # of a number; those that are not named have one or less
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
-PIECE_BYTES = 1 << 24
+PIECE_BYTES = 1 << 20
 METADATA = "__metadata__"
 
 

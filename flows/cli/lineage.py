@@ -50,6 +50,7 @@ def card_of(pipeline: Pipeline, stage: str, artifacts: Artifacts, adapter: bool,
         task="text-generation" if kind.makes_text else "text-classification",
         chat=kind.shape != "text",
         adapter=adapter,
+        on_base=len(chain) == 1 and not chain[0].settings.train.create_new_adapter,
         saved_dtype=saved,
         dtype=dtype,
     )
@@ -93,7 +94,7 @@ def _stage(steps: StageSteps, artifacts: Artifacts, measured: bool) -> StageReco
     return StageRecord(
         name=steps.settings.name,
         stage=stage,
-        method=f"qlora, {settings['quant_bit']} bits" if settings.get("quant_bit") else method,
+        method="qlora" if settings.get("quant_bit") else method,
         starts_from=_starts_from(steps, trained),
         made=tuple(Made(artifacts[t].step, artifacts[t].key, artifacts[t].digest) for t in made),
         template=_template(steps.settings, trained),

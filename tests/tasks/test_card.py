@@ -44,6 +44,7 @@ CARD = Card(
     task="text-generation",
     chat=True,
     adapter=False,
+    on_base=True,
     saved_dtype="bfloat16",
     dtype="bfloat16",
 )
@@ -95,14 +96,15 @@ def test_an_adapter_is_said_to_belong_to_the_base_only_where_it_does() -> None:
     )
     assert "The LoRA adapter of stage `sft`, without the weights it goes onto: the base." in alone.text()
     assert (alone.exported, CARD.exported) == (Made("train", "k1", "d1"), Made("merge", "k2", "d2"))
-    behind = replace(alone, stages=(STAGE, DPO))
+    behind = replace(alone, stages=(STAGE, DPO), on_base=False)
     assert "base_model" not in front(behind)
     assert 'from_pretrained("path/to/the/model/it/starts/from", dtype="auto")' in behind.snippet()
-    assert "Export stage `sft` as well, or this stage without `--adapter`." in behind.text()
+    assert "without the weights it goes onto: sft." in behind.text()
+    assert "To have those, export the stage it starts from as well, or this one without" in behind.text()
 
 
 def test_the_chain_is_told_from_the_base_on_with_keys_and_digests() -> None:
-    text = replace(CARD, stages=(STAGE, DPO)).text()
+    text = replace(CARD, stages=(STAGE, DPO), on_base=False).text()
     assert "from `smollm2-135m-instruct`: sft (sft, lora) → dpo (dpo, lora). The weights are in bfloat16." in text
     for line in (
         "| base | smollm2-135m-instruct = HuggingFaceTB/SmolLM2-135M-Instruct, commit c0 |  | b0 |",

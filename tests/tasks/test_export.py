@@ -118,6 +118,27 @@ def test_a_dtype_is_torchs_rounding_of_every_weight_and_said_in_the_config(
     assert config == before | {"dtype": dtype}
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"a": 1}, {"a": 1, "dtype": "float16"}),
+        ({"torch_dtype": "bfloat16"}, {"torch_dtype": "float16", "dtype": "float16"}),
+        (
+            {"dtype": "float32", "text_config": {"dtype": "float32", "kind": "x"}},
+            {"dtype": "float16", "text_config": {"dtype": "float16", "kind": "x"}},
+        ),
+    ],
+)
+def test_a_config_says_the_dtype_whatever_it_said_before(
+    here: Home, model: Path, tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(model, folder)
+    (folder / "config.json").write_text(json.dumps(before))
+    export(Exported(stored(here, folder), tmp_path / "out", "float16"), CARD, here, silent)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == after
+
+
 def test_weights_in_several_files_load_as_one_model(
     here: Home, artifact: Artifact, model: Path, tmp_path: Path
 ) -> None:
@@ -193,7 +214,10 @@ def test_an_artifact_whose_bytes_are_others_is_not_exported(here: Home, artifact
     data[-1] ^= 1
     path.write_bytes(data)
     said = refusal(Exported(artifact, tmp_path / "out"), here)
-    assert "model.safetensors has other content than its sha256 says" in said
+    assert "model.safetensors has other content than its sha256 says. The artifact is damaged" in said
+    path.write_bytes(b"\xff" * len(data))
+    with pytest.raises(InputError, match=r"its weights cannot be read: .* The artifact is damaged"):
+        saved_dtype(artifact)
 
 
 def test_a_number_that_float16_cannot_hold_leaves_nothing_behind(here: Home, model: Path, tmp_path: Path) -> None:
@@ -244,7 +268,7 @@ def test_a_kill_half_way_leaves_no_folder_and_the_next_export_clears_up(
     command = [sys.executable, "-c", KILLED, str(artifact.path), str(target), moment]
     ended = subprocess.run(command, cwd=PROJECT, env=os.environ | {"PYTHONPATH": str(PROJECT)}, check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert left_over(target) == [".out.partial"]
+    assert left_over(target) == [".out.llamatuner-partial"]
     export(Exported(artifact, target), CARD, here, silent)
     assert left_over(target) == ["out"]
     assert (target / "model.safetensors").stat().st_size == WEIGHTS
