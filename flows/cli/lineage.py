@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,8 +121,12 @@ def _starts_from(steps: StageSteps, trained: Artifact) -> str:
 def _template(settings: StageSettings, trained: Artifact) -> str:
     name = settings.data.template
     shown = "the base model's own" if name == "auto" else f"`{Path(name).name}`"
-    digest = trained.files.get(TEMPLATE_FILE)
-    return f"{shown}, sha256 `{digest[1]}`" if digest else shown
+    if TEMPLATE_FILE in trained.files:
+        return f"{shown}, sha256 `{trained.files[TEMPLATE_FILE][1]}`"
+    text = json.loads((trained.path / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    if not isinstance(text, str):  # none, or several under names
+        return shown
+    return f"{shown}, sha256 `{hashlib.sha256(text.encode()).hexdigest()}`"
 
 
 def _data_sets(steps: StageSteps, artifacts: Artifacts, measured: bool) -> Iterator[DataSet]:

@@ -5,6 +5,7 @@ One decision: one run of three small stages is made for the whole file, step by 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -144,6 +145,8 @@ def test_the_card_of_a_chain_names_every_artifact_data_set_and_number(
         ("dpo", 4, 2, 42, 160),
     ]
     assert f"torch {torch.__version__}" in text
+    template = hashlib.sha256((tmp_path / "out" / "chat_template.jinja").read_bytes()).hexdigest()
+    assert text.count(f"Chat template: the base model's own, sha256 `{template}`.") == 2
 
 
 def test_when_where_and_by_which_run_artifacts_were_made_changes_no_byte(
