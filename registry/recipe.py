@@ -49,6 +49,7 @@ ALIASES = {
     "quantization_type": "quant_type",
     "double_quant": "double_quantization",
 }
+EXPORT_OPTIONS = {"export_dir": "--to", "export_size": "--max-shard-size", "export_hub_model_id": "--push-to-hub"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 
@@ -191,13 +192,21 @@ def _renamed(settings: dict[str, Any], where: Any, notes: list[str]) -> dict[str
     return renamed
 
 
+def _cure(key: str) -> str:
+    """What to write instead of an unknown key."""
+    if key.startswith("export_"):  # a recipe says what to train
+        option = f", {EXPORT_OPTIONS[key]} there" if key in EXPORT_OPTIONS else ""
+        return f"Models are written by `llamatuner export`{option}."
+    return did_you_mean(key, [*FIELDS, *RECIPE_KEYS])
+
+
 def _stage(
     name: str, settings: dict[str, Any], where: Any, evaluation: EvaluationSettings | None, problems: list[Problem]
 ) -> tuple[StageSettings | None, list[Problem]]:
     """A stage, where it is valid; and what is written in it, or above it, without effect."""
     for key in settings:
         if key not in FIELDS:
-            problems.append(Problem(where(key), "unknown key", did_you_mean(str(key), [*FIELDS, *RECIPE_KEYS])))
+            problems.append(Problem(where(key), "unknown key", _cure(str(key))))
     if not NAME.fullmatch(name):
         problems.append(Problem(f"stages.{name}", "not a stage name", "Letters, digits, dot, dash, underscore."))
     stage = settings.get("stage", "sft")

@@ -89,7 +89,7 @@ def locate(model_name_or_path: str, revision: str, home: Home) -> Located:
     local = locate_folder(model_name_or_path, home)
     if local is not None:
         return local
-    entry = _entry(model_name_or_path)
+    entry = known_model(model_name_or_path)
     wanted = entry.revision if entry and revision == DEFAULT_REVISION else revision
     repo = entry.hub_id if entry else model_name_or_path
     try:
@@ -162,8 +162,8 @@ def _is_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _entry(name: str) -> ModelEntry | None:
-    """The registry entry of a name or of a hub id."""
+def known_model(name: str) -> ModelEntry | None:
+    """The registry entry of a name or of a hub id; None for another model."""
     if name in MODELS:
         return MODELS[name]
     return next((entry for entry in MODELS.values() if entry.hub_id.lower() == name.lower()), None)

@@ -23,12 +23,14 @@ CHUNK_BYTES = 1 << 20
 CACHED_BYTES = 1 << 18  # still in the processor when they are hashed
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes as 64 hex digits, read in chunks."""
+def sha256_file(path: Path, told: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file's bytes as 64 hex digits, read in chunks; `told` gets the bytes of each."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            if told:
+                told(len(chunk))
     return digest.hexdigest()
 
 

@@ -1,10 +1,11 @@
-"""A Hugging Face hub on the loopback: the questions of its protocol that a download asks.
+"""A Hugging Face hub on the loopback: the questions of its protocol that a download asks, and a push.
 
 One decision: the real client talks to it, so what is tested is our use of the client and not an idea of it.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -111,3 +112,86 @@ def hub_of(**repositories: Path) -> type[SmallHub]:
         f"{kind}/acme/{name}": path for key, path in repositories.items() for kind, _, name in [key.partition("_")]
     }
     return type("Hub", (SmallHub,), {"repositories": named, "asked": [], "tokens": []})
+
+
+class TakingHub(SmallHub):
+    """A hub that also takes pushes: weights by the LFS protocol, the rest in the commit itself."""
+
+    received: dict[str, bytes]
+    """Path → bytes, of the last commit and those before it."""
+    objects: dict[str, bytes]
+    """sha256 → bytes sent by LFS."""
+    created: list[dict[str, Any]]
+    known: str = "hf_known"
+
+    def do_POST(self) -> None:
+        path, body = self._told()
+        if self.headers.get("Authorization") != f"Bearer {self.known}":
+            self._answer(401, b'{"error": "Invalid username or password."}', {})
+        elif path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            self._json({"url": f"http://{self.headers['Host']}/acme/{json.loads(body)['name']}"})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            modes = [
+                {"path": file["path"], "uploadMode": self._mode(file["path"]), "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self._json({"files": modes})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                thing | {"actions": {"upload": {"href": f"http://{self.headers['Host']}/lfs/{thing['oid']}"}}}
+                for thing in json.loads(body)["objects"]
+            ]
+            self._json({"transfer": "basic", "objects": objects})
+        elif "/commit/" in path:
+            self._commit([json.loads(line) for line in body.splitlines()])
+        else:
+            self._answer(404, b"{}", {})
+
+    def do_PUT(self) -> None:
+        path, body = self._told()
+        assert hashlib.sha256(body).hexdigest() == path.rpartition("/")[2]
+        self.objects[path.rpartition("/")[2]] = body
+        self._answer(200, b"", {})
+
+    def _told(self) -> tuple[str, bytes]:
+        path = unquote(self.path.split("?")[0])
+        self.asked.append(f"{self.command} {path}")
+        return path, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _mode(self, path: str) -> str:
+        return "lfs" if path.endswith(".safetensors") else "regular"
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                self.received[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.received[value["path"]] = self.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.received[value["path"]]
+        url = f"http://{self.headers['Host']}/acme/mine/commit/{COMMIT}"
+        self._json({"commitUrl": url, "commitOid": COMMIT, "hookOutput": ""})
+
+    def _api(self, parts: list[str]) -> None:
+        """Of a repository that was made here: whether it is private, and what it holds."""
+        if self.headers.get("Authorization") not in (None, f"Bearer {self.known}"):
+            self._answer(401, b'{"error": "Invalid username or password."}', {})
+        elif parts[0] != "models" or parts[2] not in ("mine", "open"):
+            super()._api(parts)
+        elif parts[3:4] == ["tree"]:
+            files = [{"type": "file", "path": p, "size": len(b), "oid": "0"} for p, b in sorted(self.received.items())]
+            self._json(files)
+        else:
+            siblings = [{"rfilename": path} for path in sorted(self.received)]
+            name = "/".join(parts[1:3])
+            self._json({"id": name, "sha": COMMIT, "private": parts[2] == "mine", "siblings": siblings})
+
+
+def taking_hub() -> type[TakingHub]:
+    """A hub that takes pushes: `acme/mine` is a private repository, `acme/open` a public one."""
+    fresh = {"repositories": {}, "asked": [], "tokens": [], "received": {}, "objects": {}, "created": []}
+    return type("Hub", (TakingHub,), fresh)

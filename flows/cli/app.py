@@ -83,6 +83,37 @@ def preview(
     preview_recipe(recipe, overrides or [], rows, json, html)
 
 
+@app.command()
+def export(
+    recipe: Recipe,
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Stage whose model it is; the last one.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", "--export-dir", metavar="FOLDER", help="New or empty folder; ./RECIPE-STAGE by default."),
+    ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter alone.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; as it was saved by default.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", "--export-size", metavar="SIZE", help="Most of one file; 5GB by default."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", "--export-hub-model-id", metavar="OWNER/NAME", help="Send it there as well."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Write the model of a finished run as a folder that others can load, with its model card."""
+    from flows.cli.exporting import Wanted, export_recipe
+
+    wanted = Wanted(stage, to, adapter, dtype, max_shard_size, push_to_hub, private)
+    raise typer.Exit(export_recipe(recipe, overrides or [], wanted, json))
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="models, datasets, stages, methods, templates or recipes")] = None,

@@ -15,6 +15,16 @@ from tests.flows.refusals import nothing_begun, refusal, write_lines
 
 SETTINGS: list[tuple[str, str, list[str]]] = [
     ("unknown key", "stages.sft.lerning_rate=1", ["stages.sft.lerning_rate: unknown key. Did you mean learning_rate?"]),
+    (
+        "LLaMA-Factory's key of an export",
+        "export_dir=out",
+        ["export_dir: unknown key. Models are written by `llamatuner export`, --to there."],
+    ),
+    (
+        "another one, without an option",
+        "export_device=cpu",
+        ["export_device: unknown key. Models are written by `llamatuner export`."],
+    ),
     ("unknown key of evaluation", "evaluation.question=[x]", ["evaluation.question: unknown key. Did you mean quest"]),
     ("unicode key", "stages.sft.学习率=1", ["stages.sft.学习率: unknown key"]),
     ("wrong type", "stages.sft.lora_rank=many", ["stages.sft.lora_rank: 'many' should be a valid integer"]),

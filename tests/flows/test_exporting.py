@@ -1,0 +1,320 @@
+"""`llamatuner export`: the model of a finished run, its lineage, and what is refused.
+
+One decision: one run of three small stages is made for the whole file, step by step and without a server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from flows.cli.app import run_app
+from flows.graph import build
+from registry.home import Home
+from registry.loading import load_recipe
+from tasks.artifacts import Artifact, Store
+from tasks.digests import DigestMemory
+from tasks.steps import do
+from tests.flows.test_chains import write_pairs
+from tests.flows.toy import PROJECT, run, toy_recipe
+from tests.small_hub import TakingHub, serving, taking_hub
+
+pytestmark = pytest.mark.slow
+Capture = pytest.CaptureFixture[str]
+
+
+def make(recipe: Path, home: Path) -> None:
+    """Do the steps of a recipe that are not done."""
+    store, memory = Store(Home(home)), DigestMemory(Home(home).digests)
+    for step in build(load_recipe(str(recipe)), Home(home)).steps:
+        do(step, store, memory, threading.Event(), lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe (sft with all weights → dpo with LoRA, and a reward model) and the home in which it is done."""
+    folder = tmp_path_factory.mktemp("three")
+    toy_recipe(folder / "recipe")
+    write_pairs(folder / "recipe" / "pairs.jsonl", 12, "pair")
+    raw = {
+        "name": "three",
+        "model_name_or_path": "model",
+        "cutoff_len": 160,
+        "learning_rate": 1e-3,
+        "max_steps": 2,
+        "lora_rank": 4,
+        "per_device_train_batch_size": 2,
+        "stages": {
+            "sft": {"stage": "sft", "dataset": "train.jsonl", "finetuning_type": "full"},
+            "dpo": {"stage": "dpo", "model": "sft", "dataset": "pairs.jsonl", "val_size": 3},
+            "rm": {"stage": "rm", "dataset": "pairs.jsonl", "finetuning_type": "full"},
+        },
+    }
+    recipe = folder / "recipe" / "three.json"
+    recipe.write_text(json.dumps(raw))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMATUNER_HOME", str(folder / "home"))
+        make(recipe, folder / "home")
+    return recipe, folder / "home"
+
+
+@pytest.fixture
+def recipe(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The recipe, with the home in which it is done."""
+    monkeypatch.setenv("LLAMATUNER_HOME", str(made[1]))
+    return str(made[0])
+
+
+def ask(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """The one JSON line of `export`."""
+    capsys.readouterr()
+    assert run_app(["export", *arguments, "--json"]) == code
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def artifact(home: str, step: str, name: str) -> Artifact:
+    (found,) = (a for a in Store(Home(Path(home))).all() if a.step == step and a.manifest["label"] == name)
+    return found
+
+
+def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the card's own code in an exported folder; what it prints."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    script = folder.parent / "use.py"
+    script.write_text(code)
+    monkeypatch.chdir(folder)
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        runpy.run_path(str(script))
+    return printed.getvalue()
+
+
+def test_the_card_of_a_chain_names_every_artifact_data_set_and_number(
+    recipe: str, made: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    answer = ask(capsys, recipe, "--stage", "dpo", "--to", str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    home = str(made[1])
+    for stage, step in (("sft", "train"), ("dpo", "train"), ("dpo", "merge")):
+        found = artifact(home, step, f"three-{stage}")
+        assert re.search(rf"\| {stage}/{step} \| .* \| {found.key} \| {found.digest} \|", text)
+    merged = artifact(home, "merge", "three-dpo")
+    assert (answer["key"], answer["digest"], answer["dtype"]) == (merged.key, merged.digest, "float32")
+    base = artifact(home, "train", "three-sft").manifest["inputs"]["base"]["digest"]
+    assert f"| base | model |  | {base} |" in text
+    assert "sft (sft, full) → dpo (dpo, lora)" in text
+    for line in (
+        r"\| sft \| train \| files \| trained on \| 24 \| [0-9a-f]{64} \|",
+        r"\| dpo \| pairs \| files \| trained on \| 9 \| [0-9a-f]{64} \|",
+        r"\| dpo \| pairs \| files \| measured on as validation \| 3 \| [0-9a-f]{64} \|",
+    ):
+        assert len(re.findall(line, text)) == 1
+    results = json.loads((artifact(home, "evaluate", "three-dpo").path / "results.json").read_text())
+    before = json.loads((artifact(home, "evaluate", "three-sft").path / "results.json").read_text())
+    value, start = (found["perplexity.0"]["value"] for found in (results, before))
+    assert f"| perplexity.validation | 3 | {start:.6g} | {value:.6g} |" in text
+    assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["llamatuner", "dpo", "lora"]
+    settings = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert [(s["stage"], s.get("lora_rank"), s["max_steps"], s["seed"], s["cutoff_len"]) for s in settings] == [
+        ("sft", None, 2, 42, 160),
+        ("dpo", 4, 2, 42, 160),
+    ]
+    assert f"torch {torch.__version__}" in text
+    template = hashlib.sha256((tmp_path / "out" / "chat_template.jinja").read_bytes()).hexdigest()
+    assert text.count(f"Chat template: the base model's own, sha256 `{template}`.") == 2
+
+
+def test_when_where_and_by_which_run_artifacts_were_made_changes_no_byte(
+    recipe: str, made: tuple[Path, Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(capsys, recipe, "--stage", "dpo", "--to", str(tmp_path / "one"))
+    other = tmp_path / "moved"
+    shutil.copytree(made[1], other)
+    store = Store(Home(other))
+    told = {"created": "2001-02-03T04:05:06", "seconds": 7.5, "argv": ["/elsewhere/x"], "git_commit": "0" * 40}
+    for one in list(store.all()):
+        store.annotate(one, **told, mlflow_run_id="1" * 32)
+    monkeypatch.setenv("LLAMATUNER_HOME", str(other))
+    ask(capsys, recipe, "--stage", "dpo", "--to", str(tmp_path / "two"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    everything = b"".join(contents(tmp_path / "one").values())
+    manifest = artifact(str(made[1]), "merge", "three-dpo").manifest
+    for own in (str(tmp_path), str(made[1].parent), manifest["created"][:10], manifest["git_commit"][:12]):
+        assert own.encode() not in everything
+
+
+def test_the_cards_own_code_loads_the_model_and_answers(
+    recipe: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(capsys, recipe, "--stage", "sft", "--to", str(tmp_path / "out"), "--dtype", "bf16", "--max-shard-size", "40KB")
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    printed = use(tmp_path / "out", monkeypatch)
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.dtype == torch.bfloat16
+    asked = torch.tensor([tokenizer.encode("<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n")])
+    answer = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=128, do_sample=False)
+    assert printed == tokenizer.decode(answer[0, asked.shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_a_reward_model_loads_with_its_head_and_scores_as_ours_does(
+    recipe: str, made: tuple[Path, Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.train.reward import answer_scores, load_scoring
+
+    ask(capsys, recipe, "--stage", "rm", "--to", str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "text-classification"
+    assert "A reward model as whole weights. Made with" in text
+    assert "Nothing was measured on held-out rows." in text
+    printed = use(tmp_path / "out", monkeypatch)
+    source = artifact(str(made[1]), "train", "three-rm").path
+    ids = [
+        *AutoTokenizer.from_pretrained(source).encode(
+            "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\nHello."
+        )
+    ]
+    ids = torch.tensor([[*ids, 260]])  # the answer's end
+    model = load_scoring(str(source), torch.float32).eval()
+    with torch.no_grad():
+        score = answer_scores(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
+    assert float(printed) == pytest.approx(float(score[0]), rel=1e-5)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 1
+
+
+def test_an_adapter_goes_onto_the_export_of_the_stage_before(recipe: str, tmp_path: Path, capsys: Capture) -> None:
+    ask(capsys, recipe, "--stage", "dpo", "--adapter", "--to", str(tmp_path / "adapter"))
+    for stage in ("sft", "dpo"):
+        ask(capsys, recipe, "--stage", stage, "--to", str(tmp_path / stage))
+    assert set(contents(tmp_path / "adapter")) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    start, whole = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("sft", "dpo"))
+    model = PeftModel.from_pretrained(start, tmp_path / "adapter").eval()
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        assert (model(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max() < 1e-4
+
+
+def test_a_run_that_is_not_finished_is_refused_with_what_is_missing(
+    recipe: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ("--to", str(tmp_path / "out"))
+    answer = ask(capsys, recipe, "--stage", "dpo", "--set", "stages.dpo.pref_beta=0.3", *target, code=2)
+    assert answer["error"] == (
+        "export: stage dpo is not done: dpo/train (train.pref_beta 0.1 → 0.3), and 2 steps behind. "
+        f"First run `llamatuner run {recipe}`, with the same --set."
+    )
+    # what another stage lacks is of no account
+    ask(capsys, recipe, "--stage", "sft", "--set", "stages.dpo.pref_beta=0.3", *target)
+    monkeypatch.setenv("LLAMATUNER_HOME", str(tmp_path / "new"))
+    answer = ask(capsys, recipe, "--stage", "sft", "--to", str(tmp_path / "other"), code=2)
+    assert "stage sft is not done: sft/fetch (not made before), and 3 steps behind" in answer["error"]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "--stage: three ends with rm and dpo. Name one."),
+        (("--stage", "dop"), "--stage: 'dop' is no stage of three. Did you mean dpo?"),
+        (
+            ("--stage", "rm", "--adapter"),
+            "--adapter: stage rm trains whole weights (finetuning_type: full), there is no adapter. Leave it out.",
+        ),
+        (
+            ("--dtype", "bf61", "--max-shard-size", "5", "--private"),
+            "--dtype: 'bf61' is no dtype of saved weights. Did you mean bf16?\n"
+            "--max-shard-size: '5' is not a size. Did you mean 5GB?\n"
+            "--private: is about a repository of the hub. Name one with --push-to-hub.",
+        ),
+        (("--adapter", "--export-size", "5GB"), "an adapter is one file: peft reads no other"),
+        (("--export_dir", "x"), "No such option: --export_dir"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_at_once(
+    recipe: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert said in ask(capsys, recipe, *options, code=2)["error"]
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_without_a_folder_named_it_is_made_here_and_progress_is_told(
+    recipe: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flows.cli.exporting.SECONDS", 0.0)
+    monkeypatch.setattr("flows.cli.exporting.LOG_SECONDS", 0.0)
+    assert run_app(["export", recipe, "--stage", "sft"]) == 0
+    told = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert list(dict.fromkeys(told)) == ["checking", "writing", "reading back", str(tmp_path / "three-sft")]
+    answer = ask(capsys, recipe, "--stage", "sft", code=2)
+    assert "three-sft: is there and is not empty" in answer["error"]
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, type[TakingHub]]]:
+    handler = taking_hub()
+    with serving(handler) as address:
+        yield address, handler
+
+
+def test_a_push_sends_exactly_the_folder_and_the_token_is_nowhere(
+    recipe: str, tmp_path: Path, hub: tuple[str, type[TakingHub]]
+) -> None:
+    address, handler = hub
+    handler.known = "hf_nobodyMayReadThis"
+    environment = {
+        "HF_ENDPOINT": address,
+        "HF_TOKEN": handler.known,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "LLAMATUNER_HOME": os.environ["LLAMATUNER_HOME"],
+    }
+    command = ["export", recipe, "--stage", "rm", "--to", str(tmp_path / "out"), "--push-to-hub", "acme/mine"]
+    answer = run(*command, "--private", **environment)
+    assert answer["commit"].startswith(f"{address}/acme/mine/commit/")
+    assert handler.received == contents(tmp_path / "out")
+    assert set(handler.received) == set(answer["files"])
+    written = [*contents(tmp_path).values(), json.dumps(answer).encode()]
+    assert not [data for data in written if handler.known.encode() in data]
+    again = run(*command, code=2, **environment)
+    assert "is not empty" in again["error"]
+
+
+def test_the_process_that_exports_and_rounds_never_loads_torch(recipe: str, tmp_path: Path) -> None:
+    code = "import sys; from flows.cli.app import run_app; print(run_app(sys.argv[1:]), 'torch' in sys.modules)"
+    command = ["export", recipe, "--stage", "sft", "--dtype", "float16", "--to", str(tmp_path / "out")]
+    ended = subprocess.run([sys.executable, "-c", code, *command], cwd=PROJECT, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] == "0 False"
