@@ -1,6 +1,6 @@
-"""`llamatuner export`: the model of a finished run, its lineage, and what is refused.
+"""A chain of stages is one run, and `llamatuner export` gives its models away: lineage, bytes, and what is refused.
 
-One decision: one run of three small stages is made for the whole file, step by step and without a server.
+One decision: one run of three small stages is made for the whole file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -27,29 +26,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.cli.app import run_app
-from flows.graph import build
 from registry.home import Home
-from registry.loading import load_recipe
 from tasks.artifacts import Artifact, Store
-from tasks.digests import DigestMemory
-from tasks.steps import do
+from tests.flows.conftest import Server
 from tests.flows.test_chains import write_pairs
-from tests.flows.toy import PROJECT, run, toy_recipe
+from tests.flows.toy import PROJECT, run, states, toy_recipe
 from tests.small_hub import TakingHub, serving, taking_hub
 
 pytestmark = pytest.mark.slow
 Capture = pytest.CaptureFixture[str]
 
 
-def make(recipe: Path, home: Path) -> None:
-    """Do the steps of a recipe that are not done."""
-    store, memory = Store(Home(home)), DigestMemory(Home(home).digests)
-    for step in build(load_recipe(str(recipe)), Home(home)).steps:
-        do(step, store, memory, threading.Event(), lambda _: None)
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory, server: Server) -> tuple[Path, Path]:
     """A recipe (sft with all weights → dpo with LoRA, and a reward model) and the home in which it is done."""
     folder = tmp_path_factory.mktemp("three")
     toy_recipe(folder / "recipe")
@@ -70,9 +59,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     }
     recipe = folder / "recipe" / "three.json"
     recipe.write_text(json.dumps(raw))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLAMATUNER_HOME", str(folder / "home"))
-        make(recipe, folder / "home")
+    answer = run("run", str(recipe), LLAMATUNER_HOME=str(folder / "home"), PREFECT_API_URL=server.url)
+    (folder / "recipe" / "answer.json").write_text(json.dumps(answer))
     return recipe, folder / "home"
 
 
@@ -112,6 +100,20 @@ def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     with redirect_stdout(printed):
         runpy.run_path(str(script))
     return printed.getvalue()
+
+
+def test_a_chain_is_one_run_and_a_change_of_dpo_redoes_dpo_only(recipe: str) -> None:
+    first = json.loads(Path(recipe).with_name("answer.json").read_text())
+    assert first["status"] == "completed"
+    assert {"sft/evaluate:dpo", "dpo/evaluate", "rm/train"} <= set(states(first))
+    results = first["results"]
+    assert set(results) == {"sft:dpo", "sft", "dpo", "rm"}  # what dpo starts from is measured as dpo is
+    assert results["sft:dpo"]["perplexity.validation"] != results["dpo"]["perplexity.validation"]
+    assert results["dpo"]["train.rewards/margins"] != 0.0
+    plan = run("plan", recipe, "--set", "stages.dpo.pref_beta=0.3")
+    waiting = {f"{step['stage']}/{step['step']}" for step in plan["steps"] if step["state"] != "cached"}
+    assert waiting == {"dpo/train", "dpo/merge", "dpo/evaluate"}
+    assert run("run", recipe)["status"] == "up-to-date"
 
 
 def test_the_card_of_a_chain_names_every_artifact_data_set_and_number(

@@ -19,7 +19,7 @@ from tests.oracle import ORACLE, need_oracle, template_folder
 TEMPLATES = Path(__file__).parents[2] / "registry" / "templates"
 SHIPPED = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 PUBLISHED = sorted(path.name for path in (ORACLE / "tokenizers").glob("*") if path.is_dir())
-FORMS_EACH = 20  # of the 15 under each of 9 settings; templates that want turns to alternate refuse most
+FORMS_EACH = 10  # of the 15 under each of 5 settings; templates that want turns to alternate refuse most
 SLOW = frozenset({"gpt-oss", "minimax-m1", "qwen3"})  # read what messages say
 JOINED = "empty"  # puts texts beside each other, which can make a control token of two
 NO_TEMPLATE = frozenset({"gpt2", "internlm", "mpt", "phi-2", "starcoder2"})
@@ -149,18 +149,22 @@ def compare(base: Path, template: str | None, rows: list[dict[str, Any]], **sett
     return known
 
 
-def compare_all(base: Path, template: str | None) -> Counter[str]:
-    """`compare` under every setting; the forms of all are counted together."""
-    counts = Counter[str]()
-    for name, settings in SETTINGS.items():
-        counts += compare(base, template, ROWS if name == "plain" else SOME, **settings)
+def compare_all(base: Path, template: str | None, number: int) -> Counter[str]:
+    """`compare` under half of the settings, those of even or odd place; the forms of all are counted together.
+
+    Every setting meets half of the shipped templates and half of the published ones, plain ones meet all.
+    """
+    counts = compare(base, template, ROWS)
+    for settings in list(SETTINGS.values())[1 + number % 2 :: 2]:
+        counts += compare(base, template, SOME, **settings)
     return counts
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_template_fills_rows_as_it_renders_them(tmp_path: Path, name: str) -> None:
-    counts = compare_all(model_folder(tmp_path / "model"), (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-    assert counts["fast"] + counts["slow"] == sum(counts.values()) - counts["filled"] > 100
+    text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    counts = compare_all(model_folder(tmp_path / "model"), text, SHIPPED.index(name))
+    assert counts["fast"] + counts["slow"] == sum(counts.values()) - counts["filled"] > 60
     assert counts["fast"] >= FORMS_EACH or name == JOINED
     assert counts["filled"] > 2 * counts["fast"]
 
@@ -171,9 +175,9 @@ def test_a_published_template_fills_rows_as_it_renders_them(name: str | None) ->
     assert name is not None
     if name in NO_TEMPLATE:
         with pytest.raises(InputError, match="the model has no chat template"):
-            compare_all(template_folder(name), None)
+            compare_all(template_folder(name), None, 0)
         return
-    counts = compare_all(template_folder(name), None)
+    counts = compare_all(template_folder(name), None, PUBLISHED.index(name))
     if name not in SLOW:
         assert counts["fast"] >= FORMS_EACH
         assert counts["filled"] > 2 * counts["fast"]
