@@ -105,52 +105,53 @@ def fetch_modelscope(spec: Spec, events: Events) -> dict[str, Any]:
 
     Raises:
         HubUnreachable: the connection failed.
+        ProgramError: `network`: a file came damaged.
         InputError: the package is not installed; ModelScope says no, or has nothing of what was asked for.
     """
     where, repo = spec.runtime["where"], spec.settings["address"]
     try:
-        from modelscope.hub.errors import NotExistError, NotLoginException, RequestError
-        from requests import RequestException
+        from modelscope_hub.errors import APIError, FileIntegrityError, HubError, RateLimitError, ServerError
     except ImportError as error:
-        rule, cure = "ModelScope needs the package modelscope", "Install it: pip install 'llamatuner[modelscope]'"
+        rule, cure = "ModelScope needs the package modelscope-hub", "Install it: pip install 'llamatuner[modelscope]'"
         raise InputError(Problem(where, rule, cure)) from error
     try:
         return _from_modelscope(spec, events, repo, spec.settings["revision"] or "master")
-    except (NotExistError, NotLoginException, RequestError) as error:
-        rule = f"{repo} is not on ModelScope, or not for this person: {error}"
+    except (RateLimitError, ServerError) as error:
+        raise HubUnreachable(f"ModelScope: {error.message}") from error
+    except APIError as error:
+        rule = f"{repo} is not on ModelScope, or not for this person ({error.message})"
         raise InputError(Problem(where, rule, "Check name and revision; set MODELSCOPE_API_TOKEN.")) from error
-    except RequestException as error:
-        status = getattr(error.response, "status_code", None)
-        if status is not None and 400 <= status < 500 and status != 429:
-            rule = f"ModelScope refuses {repo} (HTTP {status})"
-            raise InputError(Problem(where, rule, "Check the name; set MODELSCOPE_API_TOKEN.")) from error
+    except FileIntegrityError as error:
+        raise ProgramError("network", f"{repo} was damaged on its way, and was not used: {error.message}") from error
+    except HubError as error:
         raise HubUnreachable(f"ModelScope: {error}") from error
 
 
 def _from_modelscope(spec: Spec, events: Events, repo: str, revision: str) -> dict[str, Any]:
-    from modelscope.hub.api import HubApi
-    from modelscope.hub.file_download import dataset_file_download
+    from modelscope_hub import HubApi
 
-    api, folder, page_size = HubApi(), Path(spec.scratch) / "modelscope", 100
-    files: dict[str, dict[str, Any]] = {}
-    for page in range(1, 10_000):
-        found = api.get_dataset_files(
-            repo_id=repo, revision=revision, root_path="/", recursive=True, page_number=page, page_size=page_size
-        )
-        files |= {entry["Path"]: entry for entry in found if entry["Type"] != "tree"}
-        if len(found) < page_size:
-            break
+    api, folder = HubApi(), Path(spec.scratch) / "modelscope"
+    files = {entry.path: entry for entry in api.list_repo_files(repo, "dataset", revision=revision) if not entry.is_dir}
 
     def get(name: str) -> Path:
-        return Path(dataset_file_download(repo, name, revision=revision, local_dir=str(folder)))
+        entry = files[name]
+        return api.download_file(
+            repo,
+            "dataset",
+            name,
+            revision=revision,
+            local_dir=folder,
+            expected_sha256=entry.sha256,
+            file_size=entry.size,
+        )
 
     readme = get(README).read_text(encoding="utf-8", errors="replace") if README in files else None
     chosen = choose_files(files, readme, _wanted(spec))
     kept = []
-    with _progress(events, folder, sum(files[name].get("Size") or 0 for name in chosen)):
+    with _progress(events, folder, sum(files[name].size for name in chosen)):
         for number, name in enumerate(chosen, 1):
             events.emit("note", text=f"{repo}: file {number} of {len(chosen)}, {name}")
-            etag = files[name].get("Sha256") or files[name].get("Revision")
+            etag = files[name].sha256 or files[name].blob_id
             kept.append({"name": name, "size": get(name).stat().st_size, "etag": etag})
     _take(folder, chosen, Path(spec.output))
     return {"commit": None, "files": kept}

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on the loopback: the questions of its protocol that a download asks, and a push.
+"""A Hugging Face hub on the loopback: the questions of its protocol that a download asks, and a push; and ModelScope.
 
 One decision: the real client talks to it, so what is tested is our use of the client and not an idea of it.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TROUBLE = {"gated": (403, "GatedRepo"), "busy": (503, ""), "closed": (401, "")}
@@ -195,3 +195,50 @@ def taking_hub() -> type[TakingHub]:
     """A hub that takes pushes: `acme/mine` is a private repository, `acme/open` a public one."""
     fresh = {"repositories": {}, "asked": [], "tokens": [], "received": {}, "objects": {}, "created": []}
     return type("Hub", (TakingHub,), fresh)
+
+
+class SmallModelScope(BaseHTTPRequestHandler):
+    """ModelScope's questions about data sets: what files there are, and one of them."""
+
+    repositories: dict[str, Path]
+    """`acme/NAME` → folder with its files."""
+    asked: list[str]
+    damaged: bool = False
+
+    def log_message(self, *arguments: Any) -> None:
+        return
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        asked = {name: values[0] for name, values in parse_qs(query).items()}
+        parts = path.strip("/").split("/")
+        self.asked.append(f"{self.command} {unquote(self.path)}")
+        folder = self.repositories.get("/".join(parts[3:5]))
+        if parts[3:5] == ["acme", "busy"]:
+            self._answer(503, b"{}")
+        elif folder is None or asked.get("Revision") not in ("master", "v1"):
+            self._answer(404, b'{"Code": 10010205001, "Message": "not found", "Success": false}')
+        elif parts[5:] == ["repo", "tree"]:
+            page, size = int(asked["PageNumber"]), int(asked["PageSize"])
+            entries = [self._entry(folder, file) for file in sorted(folder.rglob("*"))][(page - 1) * size : page * size]
+            self._answer(200, json.dumps({"Code": 200, "Data": {"Files": entries}, "Success": True}).encode())
+        else:
+            data = (folder / asked["FilePath"]).read_bytes()
+            self._answer(200, data[::-1] if self.damaged else data)
+
+    def _entry(self, folder: Path, file: Path) -> dict[str, Any]:
+        entry = {"Path": file.relative_to(folder).as_posix(), "Name": file.name, "Type": "tree", "Size": 0}
+        if file.is_file():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            entry |= {"Type": "blob", "Size": file.stat().st_size, "Sha256": digest}
+        return entry
+
+    def _answer(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)

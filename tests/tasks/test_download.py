@@ -25,7 +25,7 @@ from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted
 from tasks.reading import read_rows
 from tasks.steps import do
-from tests.small_hub import COMMIT, SmallHub, hub_of, serving
+from tests.small_hub import COMMIT, SmallHub, SmallModelScope, hub_of, serving
 
 SECRET = "hf_not_to_be_seen"
 ROWS = [{"instruction": f"q{n}", "output": f"a{n}"} for n in range(3)]
@@ -125,7 +125,6 @@ def test_a_token_reaches_the_hub_and_no_file(hub: type[SmallHub], home: Path, mo
         (remote("acme/rows", folder="x"), ["no data file in the folder 'x'. Folders with data: data"]),
         (remote("acme/script"), ["a dataset script (script.py) and no data files; scripts are never run"]),
         (remote("tatsu-lab/alpca"), ["Did you mean tatsu-lab/alpaca?"]),
-        (remote("a/b", kind="modelscope"), ["needs the package modelscope. Install it: pip install 'llamatuner[mod"]),
     ],
 )
 def test_a_refusal_is_one_error_with_its_cure(hub: type[SmallHub], source: DataSource, said: list[str]) -> None:
@@ -145,6 +144,56 @@ def test_a_hub_out_of_reach_is_tried_again_and_offline_mode_is_not(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"cannot be reached \(.*offline mode.*or download the files and name them"):
         fetch(remote("acme/rows"))
+
+
+@pytest.fixture
+def modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[SmallModelScope]]:
+    pytest.importorskip("modelscope_hub", reason="the package modelscope-hub is not installed")
+    folder = write_repository(tmp_path / "repository")
+    handler = type("ModelScope", (SmallModelScope,), {"repositories": {"acme/rows": folder}, "asked": []})
+    with serving(handler) as address:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
+        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "modelscope"))
+        monkeypatch.setenv("MODELSCOPE_API_TOKEN", SECRET)
+        yield handler
+
+
+def test_modelscope_gives_what_the_hub_gives(modelscope: type[SmallModelScope], hub: type[SmallHub]) -> None:
+    artifact = fetch(remote("acme/rows", kind="modelscope", revision="v1"))
+    assert artifact.digest == fetch(remote("acme/rows")).digest
+    found = json.loads((artifact.path / "report" / "source.json").read_text())
+    assert (found["kind"], found["address"], found["revision"]) == ("modelscope", "acme/rows", "v1")
+    assert [(file["name"], len(file["etag"])) for file in found["files"]] == [
+        (f"data/train-0000{n}-of-00002.parquet", 64) for n in range(2)
+    ]
+    assert not [question for question in modelscope.asked if "rows.py" in question or "test-00000" in question]
+    kept = [path for path in Home.open().path.rglob("*") if path.is_file()]
+    assert [path for path in kept if SECRET.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (remote("acme/none", kind="modelscope"), "acme/none is not on ModelScope, or not for this person"),
+        (remote("acme/rows", kind="modelscope", revision="v9"), "Check name and revision; set MODELSCOPE_API_TOKEN."),
+        (remote("acme/rows", kind="modelscope", split="tset"), "acme/rows has no split 'tset'. Did you mean test?"),
+    ],
+)
+def test_what_modelscope_does_not_have_is_one_error(
+    modelscope: type[SmallModelScope], source: DataSource, said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        fetch(source)
+    assert said in str(caught.value)
+
+
+def test_a_file_that_comes_damaged_from_modelscope_is_not_used(modelscope: type[SmallModelScope]) -> None:
+    modelscope.damaged = True
+    with pytest.raises(ProgramFailed, match="acme/rows was damaged on its way, and was not used") as caught:
+        fetch(remote("acme/rows", kind="modelscope"))
+    assert caught.value.retried
+    assert list(Home.open().artifacts.glob("download/*")) == []
 
 
 class Files(BaseHTTPRequestHandler):
