@@ -12,9 +12,10 @@ from tasks.jsonlines import read_json_lines
 from tasks.statistics import STATISTICS, statistics_picture
 from tasks.steps import Outcome, Step
 from tasks.tracking import RUN_TAG, Tracker
+from tasks.training_estimate import MEASURED
 
 KEY_TAG = "llamatuner.key"
-NO_CURVE = ("step", "tokens", "trained_tokens", "tokens_per_second")  # of a step's line; the last is another machine's
+NO_CURVE = ("step", "tokens", "trained_tokens", *MEASURED)  # of a step's line
 COMPUTED_TAG = "llamatuner.computed_by"
 
 

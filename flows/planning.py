@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from flows.estimates import estimate_step
 from flows.graph import Pipeline
 from tasks.artifacts import Artifact, Store, damage, read_artifact
 from tasks.digests import DigestMemory
 from tasks.explain import nearest
 from tasks.steps import Input, Ready, Step, prepare, version_drift
+from tasks.training_estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class PlannedStep:
     """`cached`, `run`, `resume` (an interrupted attempt left something) or `unknown` (waits for an earlier step)."""
     why: tuple[str, ...]
     artifact: Artifact | None
+    estimate: Estimate | None = None
+    """Of a training step that is not done."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -33,6 +37,7 @@ class PlannedStep:
             "state": self.state,
             "why": list(self.why),
             "artifact": path,
+            "estimate": self.estimate.as_json() if self.estimate else None,
         }
 
 
@@ -57,7 +62,13 @@ def plan(pipeline: Pipeline, store: Store) -> list[PlannedStep]:
         scratch = store.work_folder(step.kind, ready.key) / "scratch"
         state = "resume" if scratch.is_dir() and any(scratch.iterdir()) else "run"
         lines.append(PlannedStep(step, ready.key, state, tuple(_why(step, ready, store, everything)), None))
-    return lines
+    made = {id(line.step): line.artifact for line in lines if line.artifact}
+    return [
+        replace(line, estimate=estimate_step(line.step, made))
+        if line.step.kind == "train" and line.artifact is None
+        else line
+        for line in lines
+    ]
 
 
 def _missing(step: Step, lines: list[PlannedStep]) -> list[str]:

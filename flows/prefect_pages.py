@@ -19,7 +19,7 @@ from prefect.artifacts import (
 from flows.graph import StageSteps
 from flows.planning import PlannedStep
 from flows.session import Session
-from flows.view import duration, numbers
+from flows.view import details, duration, numbers
 from tasks.artifacts import Artifact
 from tasks.preview import marked, read_rendered
 from tasks.statistics import statistics_picture
@@ -53,7 +53,7 @@ class ProgressPage:
             return
         self._last = now
         percent = min(100.0, 100.0 * event["step"] / event["total"])
-        text = f"{self._title}: {event['step']} of {event['total']}  {numbers(event)}"
+        text = f"{self._title}: {event['step']} of {event['total']}  {numbers(event)}  {details(event)}"
         if self._id is None:
             created = create_progress_artifact(percent, key=_key(f"{self._title}-progress"), description=text)
             self._id = created if isinstance(created, UUID) else None  # a coroutine only where a loop is running

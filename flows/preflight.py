@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from flows.estimates import memory_notes
 from flows.graph import Pipeline
 from flows.planning import PlannedStep
 from registry.errors import InputError, Problem
@@ -71,6 +72,7 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         if stage.settings.train.deepspeed and find_spec("deepspeed") is None:
             cure = "pip install deepspeed"
             problems.append(Problem(f"stages.{name}.deepspeed", "the package deepspeed is not installed", cure))
+    notes += memory_notes(lines)
     problems += _template_problems(lines) + _method_problems(pipeline, lines)
     if problems:
         raise InputError(problems)

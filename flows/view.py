@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -50,6 +50,25 @@ def numbers(event: dict[str, Any]) -> str:
     if event.get("tokens_per_second"):
         parts.append(f"{event['tokens_per_second']:,.0f} tok/s")
     return "  ".join(parts)
+
+
+DETAILS = {
+    "grad_norm": "grad norm {:.3g}",
+    "learning_rate": "lr {:.2g}",
+    "trained_tokens_per_second": "{:,.0f} trained tok/s",
+    "samples_per_second": "{:.3g} samples/s",
+    "peak_memory_gib": "peak {:.2f} GiB",
+    "mfu": "MFU {:.0%}",
+}
+
+
+def details(event: dict[str, Any]) -> str:
+    """The other numbers of a progress event of training, as far as it has them.
+
+    >>> details({"grad_norm": 0.5123, "learning_rate": 1e-4, "trained_tokens_per_second": 180.4, "mfu": 0.41})
+    'grad norm 0.512  lr 0.0001  180 trained tok/s  MFU 41%'
+    """
+    return "  ".join(form.format(event[name]) for name, form in DETAILS.items() if event.get(name) is not None)
 
 
 def duration(seconds: float) -> str:
@@ -105,7 +124,8 @@ class LogView:
         done, total = event["step"], event["total"]
         rate = (done - first) / (now - begun)
         left = f"  ETA {duration((total - done) / rate)}" if rate > 0 else ""
-        self._write(f"{step.title:<34} {done}/{total}  {numbers(event)}{left}")
+        told = "  ".join(filter(None, (numbers(event), details(event))))
+        self._write(f"{step.title:<34} {done}/{total}  {told}{left}")
 
     def ended(self, step: Step, outcome: Outcome) -> None:
         self._write(done_line(step, outcome))
@@ -123,6 +143,16 @@ class _Numbers(ProgressColumn):
         return Text(task.fields.get("numbers", ""), style="cyan")
 
 
+class _Bars(Progress):
+    """Bars, and below them a line with the other numbers of each training."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields.get("details"):
+                yield Text(f"  {task.fields['details']}", style="dim")
+
+
 class TerminalView:
     """Bars for what runs now, a line for what is done."""
 
@@ -130,7 +160,7 @@ class TerminalView:
         self._console = console
         self._lock = threading.Lock()
         self._bars: dict[str, TaskID] = {}
-        self._progress = Progress(
+        self._progress = _Bars(
             TextColumn("{task.description:<26}", table_column=None),
             BarColumn(bar_width=14),
             TextColumn("{task.fields[count]}"),
@@ -156,7 +186,10 @@ class TerminalView:
         elif event["kind"] == "progress" and bar is not None:
             total = event.get("total") or None
             count = f"{event['step']}/{total}" if total else f"{event['step']}"
-            self._progress.update(bar, completed=event["step"], total=total, count=count, numbers=numbers(event))
+            more = details(event)
+            self._progress.update(
+                bar, completed=event["step"], total=total, count=count, numbers=numbers(event), details=more
+            )
 
     def ended(self, step: Step, outcome: Outcome) -> None:
         self._remove(step)

@@ -21,15 +21,28 @@ class Optimizer:
     """Why it cannot be used."""
     whole_matrices: bool = False
     """It projects the gradients of whole weight matrices; for LoRA's small ones there is nothing to project."""
+    state_bytes: float = 8.0
+    """What it keeps of every trained weight, in bytes: two float32 numbers of Adam. Of projected gradients an upper
+    bound: as if they were not; of factors of a matrix (adafactor) nothing."""
 
 
-TORCH = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-BITSANDBYTES = (
-    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
-    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
-    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
-    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
-)
+TORCH = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adafactor": 0.0, "sgd": 0.0, "adagrad": 4.0, "rmsprop": 4.0}
+"""Those of torch and transformers → bytes they keep of a weight."""
+BITSANDBYTES = {
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2.0),
+    "paged_adamw_32bit": 8.0,
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), 12.0),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3.0),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), 4.0),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1.0),
+}
+STATE_BYTES = {
+    "adamw_torch_4bit": 1.0,
+    "adamw_torch_8bit": 2.0,
+    "galore_adamw_8bit": 2.0,
+    "galore_adafactor": 0.0,
+    "grokadamw": 12.0,
+}
 PACKAGES = {
     "galore_adamw": "galore_torch",
     "galore_adamw_8bit": "galore_torch",
@@ -54,9 +67,12 @@ REFUSED = {
 
 def _entries() -> list[tuple[str, Optimizer]]:
     return [
-        *((name, Optimizer()) for name in TORCH),
-        *((name, Optimizer("bitsandbytes")) for name in BITSANDBYTES),
-        *((name, Optimizer(pack, whole_matrices="lore" in name or "pollo" in name)) for name, pack in PACKAGES.items()),
+        *((name, Optimizer(state_bytes=size)) for name, size in TORCH.items()),
+        *((name, Optimizer("bitsandbytes", state_bytes=size)) for name, size in BITSANDBYTES.items()),
+        *(
+            (name, Optimizer(pack, None, "lore" in name or "pollo" in name, STATE_BYTES.get(name, 8.0)))
+            for name, pack in PACKAGES.items()
+        ),
         *((name, Optimizer(refused=reason)) for name, reason in REFUSED.items()),
     ]
 

@@ -127,6 +127,11 @@ class TokenizedSequences:
         """The rows, counted over all shards, of a sequence."""
         return [int(row) for row in self.members[int(self.offsets[index]) : int(self.offsets[index + 1])]]
 
+    def begun(self, index: int) -> int:
+        """Texts that begin in a sequence; those that only go on in it were counted where they began."""
+        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return int((self.starts[span] == 0).sum())
+
     def lengths(self) -> NDArray[numpy.int64]:
         """[sequences] tokens of each."""
         return numpy.add.reduceat(self.sizes, self.offsets[:-1]) if len(self) else numpy.zeros(0, numpy.int64)

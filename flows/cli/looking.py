@@ -21,7 +21,8 @@ STYLES = {"cached": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"
 
 
 def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: bool) -> None:
-    """What each step would do, and why."""
+    """What each step would do, and why; of training, what it will take."""
+    from flows.estimates import memory_notes
     from flows.graph import build
     from flows.planning import plan
     from registry.loading import load_recipe
@@ -40,8 +41,15 @@ def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: b
         table.add_row(Text(line.step.title), state, Text("; ".join(line.why)))
     console.print(table)
     console.print(Text(f"{recipe.name}: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)))
+    for line in lines:
+        if line.estimate:
+            console.print(Text(f"{line.step.title}: {line.estimate.sentence()}"))
+    notes = memory_notes(lines)
+    for note in notes:
+        console.print(Text(note, style="yellow"))
     if as_json:
-        print_json({"recipe": recipe.name, "steps": [line.as_json() for line in lines], "counts": counts})
+        steps = [line.as_json() for line in lines]
+        print_json({"recipe": recipe.name, "steps": steps, "counts": counts, "notes": notes})
 
 
 def check_recipe(name: str, overrides: list[str], as_json: bool) -> None:

@@ -17,6 +17,7 @@ from registry.home import Home
 from tasks.evaluation import read_answers
 from tasks.steps import Outcome
 from tasks.tracking import tracking_uri
+from tasks.training_estimate import memory_sentence
 
 
 def print_report(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome], home: Home, status: str) -> None:
@@ -24,6 +25,7 @@ def print_report(console: Console, pipeline: Pipeline, outcomes: dict[str, Outco
     console.print()
     _answers(console, pipeline, outcomes)
     _results(console, pipeline, outcomes)
+    _memory(console, pipeline, outcomes)
     _times(console, pipeline, outcomes)
     _model(console, pipeline, outcomes)
     _pages(console, home)
@@ -59,6 +61,15 @@ def _results(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome])
                 change = f"{value:.6g}"
             console.print(Text(f"{stage}  {metric}: {change}"))
     console.print()
+
+
+def _memory(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
+    """What training took beside what was said before."""
+    for name, stage in pipeline.stages.items():
+        outcome = outcomes.get(stage.trained.title)
+        sentence = memory_sentence(outcome.artifact.path) if outcome else None
+        if sentence:
+            console.print(Text(f"{name}  {sentence}"))
 
 
 def _times(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:

@@ -1,15 +1,12 @@
 """From tokenized shards to batches.
 
-One decision: an epoch is cut into global batches of rows first, and only then dealt out to processes and
-micro-batches. So the rows of a step do not depend on how the step is split, and the last, shorter step of an epoch
-repeats nobody (a sampler sharded per process fills up with rows from the beginning).
+One decision: which rows are a batch is decided in `tasks.batch_plan`; here they are read, checked and put side by side.
 
 Legend: b batch, s sequence.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,67 +16,11 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tasks.batch_plan import FILLER, BatchPlan
 from tasks.program import ProgramError
 from tasks.sequences import IGNORED, TokenizedSequences
 
-FILLER = -1  # index of the row that keeps a process busy when a step has fewer rows than micro-batches
 NO_ROWS = "there are no rows to train on; the report of the tokenize step says what was left out and why"
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """The batch arithmetic of a run, and which row goes where.
-
-    >>> BatchPlan(rows=10, per_device=1, accumulation=2, processes=2, seed=0).steps_per_epoch()
-    3
-    """
-
-    rows: int
-    """Sequences in the shards."""
-    per_device: int
-    """Sequences per process in one forward pass."""
-    accumulation: int
-    """Forward passes per optimizer step."""
-    processes: int
-    """Training processes."""
-    seed: int
-    """Seed of the order."""
-
-    def global_batch(self) -> int:
-        """Sequences per optimizer step."""
-        return self.per_device * self.accumulation * self.processes
-
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows; the last one may be short."""
-        return math.ceil(self.rows / self.global_batch())
-
-    def total_steps(self, max_steps: int | None, epochs: float | None) -> int:
-        """Optimizer steps of the run: `max_steps`, or what `epochs` passes need, rounded up."""
-        return max_steps if max_steps is not None else math.ceil((epochs or 0.0) * self.steps_per_epoch())
-
-    def sentence(self, total: int) -> str:
-        """The arithmetic, said once at the start."""
-        one = "process" if self.processes == 1 else "processes"
-        return (
-            f"{self.per_device} per device x {self.accumulation} accumulation x {self.processes} {one} = "
-            f"{self.global_batch()} sequences per step; {self.rows} sequences, "
-            f"{self.steps_per_epoch()} steps per epoch; total {total} steps"
-        )
-
-    def order(self, epoch: int) -> list[int]:
-        """The rows of one epoch in the order they are trained on."""
-        return [int(row) for row in numpy.random.default_rng([self.seed, epoch]).permutation(self.rows)]
-
-    def micro_batches(self, epoch: int, process: int) -> Iterator[list[int]]:
-        """The rows of each forward pass of one process.
-
-        Five rows, 1 per device, accumulation 2, 1 process, order 3 0 4 1 2: `[3] [0]`, `[4] [1]`, `[2] [FILLER]`.
-        """
-        order = self.order(epoch)
-        for start in range(0, self.rows, self.global_batch()):
-            step = order[start : start + self.global_batch()]
-            for number in range(process, self.accumulation * self.processes, self.processes):
-                yield step[number * self.per_device : (number + 1) * self.per_device] or [FILLER]
 
 
 class MicroBatchSampler:
@@ -124,7 +65,8 @@ class Rows(Dataset[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sequence, as `input_ids`, `labels` and `seq_lengths`, int64 each; `row` its number; `mark` of its row."""
+        """The sequence, as `input_ids`, `labels` and `seq_lengths`, int64 each; `row` its number; `mark` of its row;
+        `samples`, the texts that begin in it."""
         if index == FILLER:
             return filler(self.pieces)
         found = self.data[index]
@@ -136,7 +78,8 @@ class Rows(Dataset[dict[str, Any]]):
                 f"row {index} holds token id {highest}, the model has {self.vocabulary}: "
                 "the shards were made with another tokenizer",
             )
-        return row | {"row": index, "mark": self.data.rows.mark(self.data.rows_of(index)[0])}
+        mark = self.data.rows.mark(self.data.rows_of(index)[0])
+        return row | {"row": index, "mark": mark, "samples": self.data.begun(index)}
 
 
 def filler(pieces: int = 1) -> dict[str, Any]:
@@ -155,6 +98,10 @@ class Batch:
     """Tokens of real rows, pads not counted."""
     rows: list[int] = field(default_factory=list)
     """Numbers of the sequences in it."""
+    samples: int = 0
+    """Rows of the data in it: a packed sequence holds several, a pair is one."""
+    squares: int = 0
+    """Sum of the squared lengths of its rows."""
 
 
 def collate(rows: list[dict[str, Any]], packing: bool) -> Batch:
@@ -201,7 +148,13 @@ def collate(rows: list[dict[str, Any]], packing: bool) -> Batch:
     inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
     inputs |= {"position_ids": positions} if packing else {"attention_mask": mask}
     real = [row for row in rows if row.get("row") != FILLER]
-    return Batch(inputs, sum(len(row["input_ids"]) for row in real), [row.get("row", FILLER) for row in real])
+    return Batch(
+        inputs,
+        tokens=sum(len(row["input_ids"]) for row in real),
+        rows=[row.get("row", FILLER) for row in real],
+        samples=sum(row.get("samples", len(row["seq_lengths"])) for row in real),
+        squares=sum(int(part) ** 2 for row in real for part in row["seq_lengths"]),
+    )
 
 
 def make_loader(

@@ -23,9 +23,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tasks.digests import sync
 from tasks.program import Events, ProgramError
 from tasks.train.checkpoints import mark_whole, rotate
+from tasks.train.measure import StepSpeed, peak_bytes, peak_gib
 from tasks.train.trainer import TokenTrainer
+from tasks.training_estimate import MEASURED
 
 EVAL_LOSS = "eval_loss"
+SHOWN = ("loss", "grad_norm", "learning_rate", *MEASURED)  # of a line: what progress tells
 COUNTED = ("step", "tokens", "trained_tokens")  # of a line: what is no value of its own
 
 
@@ -93,8 +96,8 @@ def best_line(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 class StepWatcher(TrainerCallback):
     """Records every step, tells the task about it, and ends the run on a loss or gradient that is not finite."""
 
-    def __init__(self, events: Events, lines: StepLines, trainer: TokenTrainer, every: int) -> None:
-        self.events, self.lines, self.trainer, self.every = events, lines, trainer, every
+    def __init__(self, events: Events, lines: StepLines, trainer: TokenTrainer, every: int, speed: StepSpeed) -> None:
+        self.events, self.lines, self.trainer, self.every, self.speed = events, lines, trainer, every, speed
         self.clock = time.perf_counter()
 
     def repeat(self) -> None:
@@ -126,6 +129,7 @@ class StepWatcher(TrainerCallback):
             return
         counts = self.trainer.counts
         require_finite_step(state.global_step, logs, counts.rows)
+        peak = self.trainer.gather(torch.tensor([peak_bytes()], device=args.device)).max()
         if args.local_process_index > 0:
             return
         now = time.perf_counter()
@@ -138,12 +142,13 @@ class StepWatcher(TrainerCallback):
             **{name: logs[name] for name in ("grad_norm",) if name in logs},  # DeepSpeed's stage 0 tells none
             "tokens": before["tokens"] + counts.tokens,
             "trained_tokens": before["trained_tokens"] + counts.trained,
-            "tokens_per_second": round(counts.tokens / max(now - self.clock, 1e-9), 2),
+            **self.speed.rates(counts, now - self.clock),
+            "peak_memory_gib": peak_gib(float(peak)),
             **counts.metrics,
         }
         self.clock = now
         self.lines.add(line)
-        shown = {name: line[name] for name in ("step", "loss", "tokens_per_second", "learning_rate")}
+        shown = {name: line[name] for name in ("step", *SHOWN) if name in line}
         self.events.emit("progress", total=state.max_steps, **shown)
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps:

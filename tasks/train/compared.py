@@ -8,15 +8,17 @@ Legend: p pairs or marked answers, s sequence.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy
 import torch
 from torch.utils.data import Dataset
 
+from tasks.batch_plan import FILLER, BatchPlan
 from tasks.program import ProgramError
 from tasks.sequences import IGNORED
-from tasks.train.batches import FILLER, Batch, BatchPlan, Rows, collate
+from tasks.train.batches import Batch, Rows, collate
 
 Row = dict[str, Any]
 
@@ -39,7 +41,7 @@ def collate_pairs(rows: list[Row]) -> Batch:
     batch = collate([*halves[0], *halves[1]], packing=False)
     margins = [row.get("mark") or 0.0 for row in rows]
     beside = {"real": _real(rows), "margin": torch.tensor(margins, dtype=torch.float32)}
-    return Batch(batch.inputs | beside, batch.tokens, _numbers(rows))
+    return replace(batch, inputs=batch.inputs | beside, rows=_numbers(rows), samples=len(_numbers(rows)))
 
 
 def collate_marked(rows: list[Row]) -> Batch:
@@ -59,7 +61,7 @@ def collate_marked(rows: list[Row]) -> Batch:
         "good": torch.tensor([bool(row.get("mark")) for row in rows]),
         "other": other.inputs,
     }
-    return Batch(batch.inputs | beside, batch.tokens, _numbers(rows))
+    return replace(batch, inputs=batch.inputs | beside, rows=_numbers(rows))
 
 
 class MarkedRows(Dataset[Row]):

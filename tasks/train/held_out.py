@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tasks.batch_plan import BatchPlan
 from tasks.program import Events
-from tasks.train.batches import Batch, BatchPlan, MicroBatchSampler, make_loader
+from tasks.train.batches import Batch, MicroBatchSampler, make_loader
 from tasks.train.callbacks import EVAL_LOSS, StepLines, StepWatcher, best_line
 from tasks.train.trainer import TokenTrainer
 

@@ -22,7 +22,8 @@ from tasks.program import Events, ProgramError, Spec, main
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from tasks.train.batches import BatchPlan, Rows
+    from tasks.batch_plan import BatchPlan
+    from tasks.train.batches import Rows
     from tasks.train.callbacks import StepLines, StepWatcher
     from tasks.train.held_out import HeldOutLoss
     from tasks.train.trainer import TokenTrainer
@@ -43,10 +44,15 @@ def work(spec: Spec, events: Events) -> None:
     events.emit("note", text="loading libraries")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
     _determinism(settings["seed"])
+    import tasks.train.held_out  # noqa: F401 - with all that it loads, before memory is looked at
     from tasks.train.batches import Rows
+    from tasks.train.measure import resident_bytes
     from tasks.train.model import build_model, position_changes, require_separation
+    from tasks.train.output import write_json
     from tasks.train.processes import whole_weights
+    from tasks.training_estimate import MEMORY_FILE
 
+    before = resident_bytes()
     events.emit("note", text="loading model")
     require_cuda_for(settings)
     base, digest = spec.inputs["base"], spec.settings["base_digest"]
@@ -64,12 +70,41 @@ def work(spec: Spec, events: Events) -> None:
         print(plan.sentence(total), flush=True)
     events.emit("note", text=plan.sentence(total))
     lines, resumed_from = _train(trainer, spec, events, total)
+    memory = _memory(trainer, spec, plan, before) if resumed_from < total else None
     model.config.use_cache = use_cache
     first = trainer.args.local_process_index == 0
     record = {"base_digest": digest} | ({"config": changes} if changes else {})
     with whole_weights(trainer.model, keep=first):
         if first:
             _write(trainer.model, spec, lines, plan, resumed_from, record)
+            if memory:
+                write_json(Path(spec.output) / MEMORY_FILE, memory)
+
+
+def _memory(trainer: TokenTrainer, spec: Spec, plan: BatchPlan, before: int) -> dict[str, Any]:
+    """What this run took, of the process that took most, beside what was estimated.
+
+    Args:
+        trainer: whose steps are made.
+        spec: of the run.
+        plan: the batches.
+        before: bytes of this process with all libraries loaded, before there was a model.
+    """
+    import torch
+
+    from tasks.architecture import read_architecture
+    from tasks.train.measure import peak_bytes, peak_gib
+    from tasks.training_estimate import estimate_training
+
+    device = trainer.args.device
+    most = float(trainer.gather(torch.tensor([peak_bytes() - before], device=device)).max())
+    settings, model = spec.settings["train"], read_architecture(Path(spec.inputs["base"]))
+    checkpointing = spec.runtime.get("gradient_checkpointing", False)
+    shards, packing = Path(spec.inputs["shards"]), spec.settings["packing"]
+    other, cuda = "reference" in spec.inputs, torch.cuda.is_available()
+    estimate = estimate_training(settings, model, shards, packing, 0, checkpointing, plan.per_device, other, cuda)
+    estimated = estimate.memory.as_json() if estimate.memory else None
+    return {"device": device.type, "estimated_gib": estimated, "measured_gib": peak_gib(most)}
 
 
 def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int, changes: dict[str, Any]) -> TokenTrainer:
@@ -131,7 +166,7 @@ def _determinism(seed: int) -> None:
 
 def _plan(settings: dict[str, Any], rows: int, micro_batch: int) -> BatchPlan:
     """The batch arithmetic; a smaller micro-batch than asked for, where memory ran out, makes more of them."""
-    from tasks.train.batches import BatchPlan
+    from tasks.batch_plan import BatchPlan
     from tasks.train.processes import count_processes
 
     return BatchPlan(
@@ -190,8 +225,10 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     """Make the steps that are not made yet; the line of every step, and the step resumed from (0: none)."""
     from transformers import PrinterCallback
 
+    from tasks.architecture import read_architecture
     from tasks.train.callbacks import CheckpointKeeper, Leaving, StepLines, StepWatcher
     from tasks.train.checkpoints import remove_damaged, step_of
+    from tasks.train.measure import StepSpeed
     from tasks.train.processes import newest_common, required_here
 
     root, required = Path(spec.scratch) / CHECKPOINTS, required_here(spec.settings["train"], trainer.args.world_size)
@@ -204,7 +241,9 @@ def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[d
     if step:
         events.emit("note", text=f"resumed from step {step}")
     lines = StepLines(Path(spec.scratch) / LINES if first else None, step)
-    watcher = StepWatcher(events, lines, trainer, spec.runtime["logging_steps"])
+    settings, model = spec.settings["train"], read_architecture(Path(spec.inputs["base"]))
+    speed = StepSpeed(model, settings, trainer.args.world_size)
+    watcher = StepWatcher(events, lines, trainer, spec.runtime["logging_steps"], speed)
     watcher.repeat()
     trainer.remove_callback(PrinterCallback)
     best = bool(spec.settings["train"].get("load_best_model_at_end"))
@@ -230,7 +269,8 @@ def _held_out(
     trainer: TokenTrainer, spec: Spec, events: Events, lines: StepLines, watcher: StepWatcher
 ) -> HeldOutLoss | None:
     """What measures the held-out sets while training; None where nothing is to be measured."""
-    from tasks.train.batches import BatchPlan, Rows
+    from tasks.batch_plan import BatchPlan
+    from tasks.train.batches import Rows
     from tasks.train.compared import MarkedRows
     from tasks.train.held_out import HeldOutLoss, HeldOutSet
 

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from tasks.train.batches import Batch, BatchPlan, MicroBatchSampler, make_loader
+from tasks.batch_plan import BatchPlan
+from tasks.train.batches import Batch, MicroBatchSampler, make_loader
 from tasks.train.objectives import Objective, Sums, trained_tokens
 from tasks.train.processes import whole_weights
 
@@ -26,6 +27,10 @@ class StepCounts:
 
     tokens: int = 0
     trained: int = 0
+    samples: int = 0
+    """Rows of the data; a packed sequence holds several."""
+    squares: int = 0
+    """Sum of the squared lengths of its rows, which attention takes time for."""
     units: dict[str, int] = field(default_factory=dict)
     """What losses and metrics are divided by: tokens, pairs, answers."""
     rows: list[int] = field(default_factory=list)
@@ -104,10 +109,11 @@ class TokenTrainer(Trainer):
         found = [self.objective.counts(batch) for batch in batches]
         names = sorted(found[0])
         numbers = [sum(counts[name] for counts in found) for name in names]
-        numbers += [sum(batch.tokens for batch in batches), sum(trained_tokens(batch) for batch in batches)]
-        *units, tokens, trained = self.gather(torch.tensor([numbers], device=device)).sum(dim=0).tolist()
+        of_batches = [(b.tokens, trained_tokens(b), b.samples, b.squares) for b in batches]
+        numbers += [sum(column) for column in zip(*of_batches, strict=True)]
+        *units, tokens, trained, samples, squares = self.gather(torch.tensor([numbers], device=device)).sum(0).tolist()
         rows = [row for batch in batches for row in batch.rows]
-        self.counts = StepCounts(tokens, trained, dict(zip(names, units, strict=True)), rows)
+        self.counts = StepCounts(tokens, trained, samples, squares, dict(zip(names, units, strict=True)), rows)
         self._left, self._sums = num_batches, {}
         self._coming = [batch.inputs for batch in batches]
         return self._coming, torch.tensor(max(trained, 1), device=device)

@@ -15,8 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from tasks.batch_plan import FILLER, BatchPlan
 from tasks.program import ProgramError
-from tasks.train.batches import FILLER, BatchPlan, MicroBatchSampler, Rows, collate, filler, make_loader
+from tasks.train.batches import MicroBatchSampler, Rows, collate, filler, make_loader
 from tasks.train.model import require_separation
 from tasks.train.objectives import keeps_masked_positions, token_loss
 from tests.tiny import pack_rows, random_rows, tiny_model, write_shards

@@ -32,6 +32,10 @@ from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_sha
 torch.set_num_threads(1)  # on matrices this small two threads mostly wait for each other
 PROJECT = Path(__file__).resolve().parents[3]
 ALONE = required_files(range(1), 1)  # of a run of one process
+MEASURED = {
+    *("loss", "grad_norm", "learning_rate", "tokens_per_second", "trained_tokens_per_second", "samples_per_second"),
+    "peak_memory_gib",
+}  # of each step, on a device whose peak is not known
 GOLDEN = [6.117196, 6.448291, 6.205514, 6.124713]  # float32, seed 42, 12 rows in steps of 2
 
 
@@ -111,7 +115,7 @@ def test_the_artifact_has_the_bases_tokenizer_its_digest_and_no_path_of_this_mac
     assert json.loads((output / "base.json").read_text()) == {"base_digest": "base-0"}
     assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     assert not any(str(inputs["base"].parent).encode() in content for content in contents(output).values())
-    assert {path.name for path in (output / "report").iterdir()} == {"metrics.jsonl", "loss.png"}
+    assert {path.name for path in (output / "report").iterdir()} == {"metrics.jsonl", "loss.png", "memory.json"}
     assert "training_args.bin" not in {path.name for path in tmp_path.rglob("*")}
 
 
@@ -125,6 +129,9 @@ def test_events_tell_every_step_and_metrics_every_logged_one(inputs: dict[str, P
     report = read_lines(output / "report" / "metrics.jsonl")
     assert [event["step"] for event in metrics] == [line["step"] for line in report] == [2, 3]
     assert [event["values"]["loss"] for event in metrics] == [line["loss"] for line in report]
+    assert all(set(event["values"]) == MEASURED | {"epoch"} for event in metrics)
+    shown = {"kind", "step", "total"} | MEASURED
+    assert all(set(event) == shown for event in events if event["kind"] == "progress")
     assert any("2 per device x 1 accumulation x 1 process = 2 sequences per step" in e.get("text", "") for e in events)
 
 

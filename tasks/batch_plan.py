@@ -1,0 +1,72 @@
+"""The batch arithmetic of a training, without torch: the plan of a recipe tells it as well.
+
+One decision: an epoch is cut into global batches of rows first, and only then dealt out to processes and
+micro-batches. So the rows of a step do not depend on how the step is split, and the last, shorter step of an epoch
+repeats nobody (a sampler sharded per process fills up with rows from the beginning).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy
+
+FILLER = -1  # index of the row that keeps a process busy when a step has fewer rows than micro-batches
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a run, and which row goes where.
+
+    >>> BatchPlan(rows=10, per_device=1, accumulation=2, processes=2, seed=0).steps_per_epoch()
+    3
+    """
+
+    rows: int
+    """Sequences in the shards."""
+    per_device: int
+    """Sequences per process in one forward pass."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+    processes: int
+    """Training processes."""
+    seed: int
+    """Seed of the order."""
+
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.per_device * self.accumulation * self.processes
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows; the last one may be short."""
+        return math.ceil(self.rows / self.global_batch())
+
+    def total_steps(self, max_steps: int | None, epochs: float | None) -> int:
+        """Optimizer steps of the run: `max_steps`, or what `epochs` passes need, rounded up."""
+        return max_steps if max_steps is not None else math.ceil((epochs or 0.0) * self.steps_per_epoch())
+
+    def sentence(self, total: int) -> str:
+        """The arithmetic, said once at the start."""
+        one = "process" if self.processes == 1 else "processes"
+        return (
+            f"{self.per_device} per device x {self.accumulation} accumulation x {self.processes} {one} = "
+            f"{self.global_batch()} sequences per step; {self.rows} sequences, "
+            f"{self.steps_per_epoch()} steps per epoch; total {total} steps"
+        )
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of one epoch in the order they are trained on."""
+        return [int(row) for row in numpy.random.default_rng([self.seed, epoch]).permutation(self.rows)]
+
+    def micro_batches(self, epoch: int, process: int) -> Iterator[list[int]]:
+        """The rows of each forward pass of one process.
+
+        Five rows, 1 per device, accumulation 2, 1 process, order 3 0 4 1 2: `[3] [0]`, `[4] [1]`, `[2] [FILLER]`.
+        """
+        order = self.order(epoch)
+        for start in range(0, self.rows, self.global_batch()):
+            step = order[start : start + self.global_batch()]
+            for number in range(process, self.accumulation * self.processes, self.processes):
+                yield step[number * self.per_device : (number + 1) * self.per_device] or [FILLER]

@@ -1,0 +1,377 @@
+"""What a training will take: memory of a device by its parts, and floating-point operations.
+
+One decision: everything follows from the shapes of the weights, the settings and the largest batch. Nothing is loaded
+and nothing is tried, so `plan` can say it before there is anything to run, and the training program measures it.
+
+What is counted of activations is what PyTorch's autograd keeps for the backward pass of a decoder like Llama with our
+losses, tensor by tensor; a test compares it with what autograd does keep. Temporary values of one layer are added.
+
+Legend: b texts of a forward pass, s tokens of the longest, n trained positions; h, i, v as in `Architecture`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from registry.combinations import WITH_REFERENCE
+from registry.deepspeed import zero_stage
+from registry.optimizers import OPTIMIZERS
+from tasks.architecture import SCORE, Architecture, layer_of, wrapped
+
+GIB = 2**30
+SINGLE, HALF = 4, 2  # bytes of a float32 and of a bfloat16 number
+BLOCK = 64  # weights with one scale of their own in 4 bits (QLoRA, arXiv:2305.14314); 256 scales with one of theirs
+HOLES = {"lora": 0.93, "full": 0.45}  # measured with glibc 2.36, share of what the layers keep
+FIRST_USE = 0.055 * GIB  # measured: what libraries load and set up at their first product
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """The largest forward pass of a run."""
+
+    texts: int
+    """b: rows, or twice the rows where pairs are compared."""
+    longest: int
+    """s, in tokens."""
+    trained: int
+    """n, in tokens: what logits are computed at."""
+    masked: bool
+    """Rows are packed or padded, so attention needs a mask."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one device, in bytes."""
+
+    weights: float
+    """Of the model, of new matrices, and of a reference model beside it."""
+    gradients: float
+    optimizer: float
+    activations: float
+    """What the backward pass needs, and logits."""
+    overhead: float
+    """On CPU only: what the process holds beside, see `_overhead`."""
+    total: float
+    """At the worst moment; gradients come as activations go, so it can be less than the sum."""
+
+    def as_json(self) -> dict[str, float]:
+        """Part → GiB, rounded to 1/1000."""
+        return {name: round(value / GIB, 3) for name, value in vars(self).items()}
+
+
+def trained_weights(model: Architecture, settings: dict[str, Any]) -> dict[str, int]:
+    """Name of a weight, or of a module with `.lora`, → numbers of it that are trained.
+
+    Args:
+        model: with the head of the stage.
+        settings: `TrainSettings.identity()`.
+    """
+    sizes = {name: math.prod(shape) for name, shape in model.tensors.items()}
+    method = settings["finetuning_type"]
+    if method == "full":
+        return sizes
+    if method == "freeze":
+        wanted, modules = settings["freeze_trainable_layers"], settings["freeze_trainable_modules"]
+        first, last = (model.layers - wanted, model.layers) if wanted > 0 else (0, -wanted)
+        inside = {
+            name: size
+            for name, size in sizes.items()
+            if (number := layer_of(name)) is not None and first <= number < last
+            if "all" in modules or _is_in(name, modules)
+        }
+        extra = [*settings["freeze_extra_modules"], *(["score"] if SCORE in sizes else [])]
+        return inside | {n: size for n, size in sizes.items() if layer_of(n) is None and _is_in(n, extra)}
+    rank = settings["lora_rank"]
+    whole = {name: size for name, size in sizes.items() if _is_in(name, settings["additional_target"]) or name == SCORE}
+    matrices = {
+        f"{name}.lora": rank * sum(shape) + (shape[0] if settings["use_dora"] else 0)
+        for name, shape in wrapped(model, settings["lora_target"]).items()
+        if f"{name}.weight" not in whole
+    }
+    return whole | matrices
+
+
+def _is_in(tensor: str, modules: list[str]) -> bool:
+    """Whether a weight is one of a module that is called so."""
+    return any(f".{name}." in f".{tensor}" for name in modules)
+
+
+def estimate_memory(
+    model: Architecture,
+    settings: dict[str, Any],
+    batch: LargestBatch,
+    accumulation: int,
+    checkpointing: bool,
+    other_reference: bool = False,
+    cuda: bool = False,
+) -> Memory:
+    """Memory that a training takes on each device at its worst moment.
+
+    Without quantisation, in float32, on one device, full training with Adam holds 16 bytes per weight: 4 of the weight,
+    8 of the optimizer, and 4 of the gradient or, before it is there, activations. LoRA holds 4 per frozen weight and 16
+    per trained one.
+
+    Args:
+        model: as it is in its files.
+        settings: `TrainSettings.identity()`.
+        batch: of one process.
+        accumulation: forward passes of an optimizer step; with more than one, gradients of the first wait for the
+            others.
+        checkpointing: activations of a layer are computed a second time instead of kept.
+        other_reference: the model to stay close to is another one than the base.
+        cuda: of a GPU; else of a process on CPU.
+
+    Not counted: buffers for communication, what CUDA and the libraries take themselves.
+    """
+    model = model.for_scores() if settings["stage"] == "rm" else model
+    trained = trained_weights(model, settings)
+    count, parts = sum(trained.values()), _shares(settings)
+    weights = (_weights(model, settings, trained) * parts.weights) + _reference(model, settings, other_reference)
+    gradients = count * parts.gradient_bytes * parts.gradients
+    optimizer = count * (OPTIMIZERS[settings["optim"]].state_bytes + parts.master_bytes) * parts.optimizer
+    kept, passing = kept_and_passing(model, settings, batch, checkpointing)
+    ends = _ends(model, trained) * parts.gradients
+    waiting = gradients if accumulation > 1 or parts.resident else 0.0
+    holes, mapped = (0.0, 0.0) if cuda else _overhead(model, settings, batch)
+    # of a tied embedding there is one gradient as the head and one as itself, which are added up to a third
+    sums = ((3 if waiting else 2) * ends) if model.tied else 0.0
+    unused = kept - passing.head if waiting and not cuda else 0.0  # glibc does not give back what lies between others
+    worst = max(
+        kept + passing.logits + waiting + holes,  # the loss is computed, nothing has been given back
+        kept + max(passing.head, passing.layer) + (waiting or ends) + holes,  # the head's own gradient is there
+        gradients + sums + unused + holes,  # the last one is there
+    )
+    activations = kept + max(passing.logits, passing.head, passing.layer)
+    total = weights + optimizer + worst
+    if mapped and not cuda:  # files that were converted are let go when all of them are
+        total = total + mapped if "quant_bit" in settings else max(total, weights + mapped + FIRST_USE)
+    return Memory(weights, gradients, optimizer, activations, holes + mapped, total)
+
+
+def _overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch) -> tuple[float, float]:
+    """Bytes that a process on CPU holds beside what is used, and bytes of files that are mapped beside weights.
+
+    glibc asks for aligned memory with some more around it, so what was freed between two kept values is too small for
+    the next value of the same size. Measured (docs/training.md): it grows with what a layer keeps, layer by layer, also
+    where activations are computed a second time. Weights that are used as they are in their files are not held twice;
+    those that are converted are there beside their file for as long as it is open.
+    """
+    holes = HOLES["lora" if settings["finetuning_type"] == "lora" else "full"]
+    left = FIRST_USE + holes * _kept_by_layer(model, settings, batch) * _layers_passed(model, settings)
+    held = HALF if settings["bf16"] and settings["finetuning_type"] != "full" else SINGLE
+    as_stored = held == model.stored_bytes and "quant_bit" not in settings
+    return left, 0.0 if as_stored else float(model.stored_bytes * model.parameters())
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """What of each part one device holds, from 0 to 1, and in how many bytes per trained weight."""
+
+    weights: float = 1.0
+    gradients: float = 1.0
+    optimizer: float = 1.0
+    gradient_bytes: float = SINGLE
+    master_bytes: float = 0.0
+    resident: bool = False
+    """Gradients stay between steps."""
+
+
+def _shares(settings: dict[str, Any]) -> _Shares:
+    """How DistributedDataParallel, DeepSpeed (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1) or FSDP divide."""
+    processes = settings["nproc_per_node"] * settings.get("nnodes", 1)
+    if settings.get("fsdp"):
+        return _Shares(1 / processes, 1 / processes, 1 / processes)
+    config = settings.get("deepspeed")
+    if config is None:
+        # DistributedDataParallel keeps a second copy of every gradient in its buckets
+        return _Shares(gradient_bytes=2 * SINGLE, resident=True) if processes > 1 else _Shares()
+    stage, zero = zero_stage(config), config.get("zero_optimization", {})
+    away = {name for name in ("optimizer", "param") if zero.get(f"offload_{name}", {}).get("device", "none") != "none"}
+    return _Shares(
+        weights=0.0 if "param" in away else 1 / processes if stage == 3 else 1.0,
+        gradients=1 / processes if stage >= 2 else 1.0,
+        optimizer=0.0 if "optimizer" in away else 1 / processes if stage >= 1 else 1.0,
+        gradient_bytes=HALF if settings["bf16"] else SINGLE,
+        master_bytes=SINGLE if stage or settings["bf16"] else 0.0,
+        resident=True,
+    )
+
+
+def _weights(model: Architecture, settings: dict[str, Any], trained: dict[str, int]) -> float:
+    """Bytes of the model that is trained."""
+    frozen = HALF if settings["bf16"] and settings["finetuning_type"] != "full" else SINGLE
+    moving = HALF if settings["bf16"] and settings.get("deepspeed") else SINGLE
+    held = _held(model, settings, frozen, trained if settings["finetuning_type"] != "lora" else {})
+    copies = 2 if settings.get("pissa_init") else 1  # what the new matrices began as
+    moved = sum(size * (copies if name.endswith(".lora") else 1) for name, size in trained.items())
+    return held + moving * moved
+
+
+def _held(model: Architecture, settings: dict[str, Any], size: int, without: dict[str, int]) -> float:
+    """Bytes of frozen weights; linear modules in fewer bits where the settings say so."""
+    per_weight = float(size)
+    if settings.get("quant_bit") == 4:
+        scales = (1 + SINGLE / 256) / BLOCK if settings["double_quantization"] else SINGLE / BLOCK
+        per_weight = 0.5 + scales
+    elif settings.get("quant_bit") == 8:
+        per_weight = 1.0
+    linear = {f"{name}.weight" for name in model.linear()}
+    return sum(
+        math.prod(shape) * (per_weight if name in linear else size)
+        for name, shape in model.tensors.items()
+        if name not in without
+    )
+
+
+def _reference(model: Architecture, settings: dict[str, Any], other: bool) -> float:
+    """Bytes of a frozen second model; LoRA's reference is its own base without the matrices."""
+    own = settings["finetuning_type"] == "lora" and not other
+    if own or not has_reference(settings):
+        return 0.0
+    return _held(model, settings, HALF if settings["bf16"] else SINGLE, {})
+
+
+def has_reference(settings: dict[str, Any]) -> bool:
+    """Whether the stage's loss compares with a frozen model."""
+    return settings["stage"] in WITH_REFERENCE and settings.get("pref_loss") != "simpo"
+
+
+def _ends(model: Architecture, trained: dict[str, int]) -> float:
+    """Bytes of the output head's gradient, where it is trained: the first one that is there."""
+    head = [name for name in trained if layer_of(name) is None and len(model.tensors.get(name, ())) == 2]
+    return SINGLE * model.vocabulary * model.hidden if head and SCORE not in trained else 0.0
+
+
+@dataclass(frozen=True)
+class _Passing:
+    """Bytes of what is there for a moment only, beside what is kept."""
+
+    logits: float
+    """While the loss is computed."""
+    head: float
+    """While the output head's gradient is."""
+    layer: float
+    """In the middle of a layer."""
+
+
+def kept_and_passing(
+    model: Architecture, settings: dict[str, Any], batch: LargestBatch, checkpointing: bool
+) -> tuple[float, _Passing]:
+    """Bytes that are kept for the backward pass, and those that come and go.
+
+    Logits, float32 [n, v]: one log-softmax is kept; while its gradient is computed two more are there. In bfloat16 the
+    logits themselves come in both forms.
+    """
+    tokens = batch.texts * batch.longest
+    size, lora = HALF if settings["bf16"] else SINGLE, settings["finetuning_type"] == "lora"
+    layers = _layers_passed(model, settings)
+    per_layer = _kept_by_layer(model, settings, batch)
+    logits = SINGLE * batch.trained * model.vocabulary if settings["stage"] != "rm" else 0.0
+    stream = SINGLE if not lora or not settings["bf16"] else HALF
+    kept = tokens * model.hidden * stream * layers + per_layer if checkpointing else per_layer * layers
+    # the last norm and its output; LoRA keeps what goes in, and of the first norm nothing, as nothing moves before it
+    kept += logits + (0 if lora else tokens * model.hidden * 3 * SINGLE)
+    casts = 0.0
+    if settings["bf16"]:  # autocast keeps a bfloat16 form of every trained matrix until the step's backward pass
+        trained = trained_weights(model, settings)
+        casts = HALF * sum(size for name, size in trained.items() if len(model.tensors.get(name, (1, 1))) == 2)
+    width = model.intermediate * (2 if model.gated() else 1)
+    return kept + casts, _Passing(2 * logits, logits, tokens * size * (width + model.hidden))
+
+
+def _layers_passed(model: Architecture, settings: dict[str, Any]) -> int:
+    """Decoder layers that the backward pass goes through: those from the first one with a trained weight on."""
+    if settings["finetuning_type"] != "freeze":
+        return model.layers
+    trained = trained_weights(model, settings)
+    if any(layer_of(name) is None and model.tensors[name][0] == model.vocabulary for name in trained):
+        return model.layers
+    return model.layers - min((number for name in trained if (number := layer_of(name)) is not None), default=0)
+
+
+def _kept_by_layer(model: Architecture, settings: dict[str, Any], batch: LargestBatch) -> float:
+    """Bytes that autograd keeps of one decoder layer.
+
+    Per token, in numbers of the compute dtype (float32, or bfloat16 with `bf16`), q heads x head_dim, k the same of
+    keys:
+
+    * attention: queries q, keys and values 2 k, its result q; with a mask keys and values are repeated to 2 q, and the
+      mask has s numbers. A log-sum-exp, float32, per head.
+    * MLP: two projections, the activated one and their product, 4 i (without a gate 2 i).
+    * norms, full: what goes in, normed, and what comes out, 6 h, the four former always float32. LoRA: no weight of
+      theirs is trained, so 2 h of them float32, and what comes out as the input of the matrices.
+    * bf16 full: every linear module has its own bfloat16 form of its input, 5 h. LoRA: so has every matrix A, where its
+      input is not bfloat16 of one tensor, 5 h + q.
+    * LoRA: what A gives, its rank, per wrapped module.
+    """
+    tokens, bf16 = batch.texts * batch.longest, settings["bf16"]
+    h, i = model.hidden, model.intermediate
+    q, k = model.heads * model.head_dim, model.key_value_heads * model.head_dim
+    size = HALF if bf16 else SINGLE
+    numbers = 2.0 * q + (2 * q if batch.masked else 2 * k) + (batch.longest if batch.masked else 0)
+    numbers += (4 if model.gated() else 2) * i
+    single = float(model.heads + 2)
+    if settings["finetuning_type"] == "lora":
+        modules = {name for name in wrapped(model, settings["lora_target"]) if (layer_of(f"{name}.") or 0) == 0}
+        numbers += settings["lora_rank"] * len(modules)
+        single += 2 * h
+        numbers += _inputs_of_matrices(modules, h, q) if bf16 else min(2, len(modules)) * h
+    else:
+        single += 4 * h
+        numbers += (5 if bf16 else 2) * h
+    return tokens * (numbers * size + single * SINGLE)
+
+
+def _inputs_of_matrices(modules: set[str], h: int, q: int) -> float:
+    """Numbers per token of the inputs that LoRA's matrices keep in bf16: one form of its own for every module; that of
+    the last projection of the MLP takes the place of the product."""
+    ends = [name.rpartition(".")[2] for name in modules]
+    outer = sum(name in ("o_proj", "wo", "dense", "out_proj") for name in ends)
+    last = sum(name in ("down_proj", "fc2", "w2", "dense_4h_to_h") for name in ends)
+    return (len(ends) - outer - last) * h + outer * q
+
+
+def step_flops(
+    model: Architecture, settings: dict[str, Any], tokens: int, trained_tokens: int, squared_lengths: int
+) -> float:
+    """Floating-point operations that one optimizer step needs.
+
+    A matrix of N weights takes 2 N operations per token forward, 2 N backward for its input and, where it is trained,
+    2 N for itself: 6 N when everything is. Attention over s tokens takes 4 L q s forward and twice that backward, L
+    layers of q = heads x head_dim: together the 6 N + 12 L q s per token of the source. What differs here: a frozen
+    matrix takes 4 N, LoRA's own 6 times theirs; layers below the first trained one have no backward pass; the output
+    head works on trained positions only; a row is as long as it is and not as its batch; forward passes of a reference
+    are counted. Activations computed a second time are not: they are no work of the model's.
+
+    One layer of a [4, 3] matrix beside q = 2 and a [5, 3] head, all trained, two rows of 2 tokens, 2 of the 4 tokens
+    trained: 6 x 12 x 4 + 6 x 15 x 2 + 12 x 1 x 2 x (4 + 4) = 288 + 180 + 192 = 660.
+
+    Args:
+        model: as it is in its files.
+        settings: `TrainSettings.identity()`.
+        tokens: of the step, all processes.
+        trained_tokens: those with a label.
+        squared_lengths: sum of the squared lengths of its rows.
+
+    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+    """
+    model = model.for_scores() if settings["stage"] == "rm" else model
+    trained = trained_weights(model, settings)
+    layers, passed = model.layers, _layers_passed(model, settings)
+    body = sum(math.prod(shape) for shape in model.linear().values()) + model.experts() * model.active_experts
+    matrices = sum(size for name, size in trained.items() if name.endswith(".lora"))
+    linear = model.linear()
+    moved = float(sum(size for name, size in trained.items() if name.removesuffix(".weight") in linear))
+    moved += model.active_experts * sum(size for name, size in trained.items() if ".experts." in name)
+    head = 0 if settings["stage"] == "rm" else model.hidden * model.vocabulary
+    attention = 4.0 * layers * model.heads * model.head_dim * squared_lengths
+    forward = 2.0 * body * tokens + 2.0 * head * trained_tokens + attention
+    share = passed / layers
+    backward = share * (2.0 * body * tokens + 2.0 * attention) + 2.0 * head * trained_tokens
+    backward += 2.0 * moved * tokens + (2.0 * head * trained_tokens if _ends(model, trained) else 0.0)
+    frozen = 0
+    if has_reference(settings):  # kto estimates its distance with one more pass of both over rows as long
+        frozen = 3 if settings["stage"] == "kto" else 1
+    return forward * (1 + frozen) + backward + 6.0 * matrices * tokens

@@ -1,0 +1,134 @@
+"""What a training step goes through, before it runs: sequences, tokens, steps, and memory of a device.
+
+One decision: `plan` and the training program ask the same function, so what was estimated and what was measured are
+about the same thing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from tasks.architecture import Architecture
+from tasks.batch_plan import BatchPlan
+from tasks.estimate import GIB, LargestBatch, Memory, estimate_memory
+from tasks.sequences import IGNORED, TokenizedSequences
+
+MEMORY_FILE = "report/memory.json"  # of a train artifact: what was estimated and what was measured
+MEASURED = ("tokens_per_second", "trained_tokens_per_second", "samples_per_second", "peak_memory_gib", "mfu")
+"""Of a step's line: what another machine, or the next time, has otherwise."""
+LOOKED_AT = 64  # of the longest sequences: the most trained one of them stands for the largest batch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a training step."""
+
+    sequences: int | None
+    """Of one epoch; None: not before they are tokenized."""
+    tokens: int | None
+    """Of one epoch."""
+    steps: int | None
+    """Optimizer steps of the run; early stopping can make them fewer."""
+    memory: Memory | None
+    """Of each device; None: not before the model is there, or nothing is known of its kind."""
+    at_most: bool
+    """The rows are not known yet: every one is taken to be as long as may be, and trained whole."""
+    processes: int
+    """Devices that train; on CPU, processes that share the memory of the machine."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; sizes in GiB."""
+        memory = self.memory.as_json() if self.memory else None
+        counts = {"sequences": self.sequences, "tokens": self.tokens, "steps": self.steps}
+        return counts | {"memory_gib": memory, "at_most": self.at_most, "devices": self.processes}
+
+    def sentence(self) -> str:
+        """For people."""
+        if self.sequences is None:
+            counts = "sequences and tokens known after tokenize"
+            counts += f", {self.steps:,} steps" if self.steps else ""
+        else:
+            counts = f"{self.sequences:,} sequences, {self.tokens:,} tokens, {self.steps:,} steps"
+        if self.memory is None:
+            return f"{counts}; memory known when the model is there"
+        size = {name: f"{value / GIB:.2f}" for name, value in vars(self.memory).items()}
+        bound = "at most " if self.at_most else ""
+        return (
+            f"{counts}; memory per device {bound}{size['total']} GiB (weights {size['weights']}, "
+            f"gradients {size['gradients']}, optimizer {size['optimizer']}, activations and logits "
+            f"{size['activations']}"
+            + (f", overhead of the process {size['overhead']})" if self.memory.overhead else ")")
+        )
+
+
+def estimate_training(
+    settings: Mapping[str, Any],
+    model: Architecture | None,
+    shards: Path | None,
+    packing: bool,
+    cutoff_len: int,
+    checkpointing: bool,
+    micro_batch: int | None = None,
+    other_reference: bool = False,
+    cuda: bool = False,
+) -> Estimate:
+    """Estimate a training step.
+
+    Args:
+        settings: `TrainSettings.identity()`, with `nnodes` where there are several machines.
+        model: its base; None: not here yet.
+        shards: the tokenize artifact; None: not made yet.
+        packing: several rows are put into a sequence.
+        cutoff_len: longest row, in tokens.
+        checkpointing: `gradient_checkpointing`.
+        micro_batch: sequences of a forward pass, where memory ran out before with as many as the settings say.
+        other_reference: the model to stay close to is another one than the base.
+        cuda: it trains on GPUs.
+    """
+    per_device = micro_batch or settings["per_device_train_batch_size"]
+    processes = settings["nproc_per_node"] * settings.get("nnodes", 1)
+    accumulation = settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // per_device
+    texts = per_device * (2 if settings["stage"] in ("rm", "dpo", "orpo") else 1)
+    sequences = tokens = None
+    steps = settings.get("max_steps")
+    if shards is None:
+        batch = LargestBatch(texts, cutoff_len, texts * cutoff_len, packing or texts > 1)
+    else:
+        data = TokenizedSequences(shards)
+        sequences, tokens = len(data), int(data.sizes.sum())
+        plan = BatchPlan(sequences, per_device, accumulation, processes, settings["seed"])
+        steps = plan.total_steps(steps, settings.get("num_train_epochs"))
+        batch = largest_batch(data, texts, per_device, packing)
+    if settings["flash_attn"] == "fa2":
+        batch = LargestBatch(batch.texts, batch.longest, batch.trained, masked=False)
+    memory = None
+    if model:
+        memory = estimate_memory(model, dict(settings), batch, accumulation, checkpointing, other_reference, cuda)
+    return Estimate(sequences, tokens, steps, memory, shards is None, processes)
+
+
+def largest_batch(data: TokenizedSequences, texts: int, per_device: int, packing: bool) -> LargestBatch:
+    """The largest forward pass that can come: every text as long as the longest, with as many trained tokens as any of
+    the longest has."""
+    lengths = data.lengths() if packing else data.sizes
+    size = len(data)
+    longest = numpy.argsort(data.lengths())[-LOOKED_AT:].tolist()
+    trained = max((int((data[number].labels != IGNORED).sum()) for number in longest), default=0)
+    most = int(lengths.max()) if size else 0
+    uneven = texts > 1 and size > 1 and int(lengths.min()) != most
+    return LargestBatch(texts, most, per_device * trained, packing or uneven)
+
+
+def memory_sentence(artifact: Path) -> str | None:
+    """Estimated and measured memory of a finished training, where both are known."""
+    path = artifact / MEMORY_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if found.get("estimated_gib") is None:
+        return None
+    return f"memory: {found['estimated_gib']['total']:.2f} GiB estimated, {found['measured_gib']:.2f} GiB measured"
