@@ -102,7 +102,7 @@ def test_gradients_of_one_pass_wait_for_the_others() -> None:
         estimate_memory(SMOLLM2, settings(), batch, accumulation, checkpointing=False) for accumulation in (1, 2)
     )
     assert alone.gradients == together.gradients == 4 * N
-    assert together.total == sum(value for name, value in vars(together).items() if name != "total")
+    assert together.total == pytest.approx(sum(value for name, value in vars(together).items() if name != "total"))
     assert alone.total < together.total
 
 
