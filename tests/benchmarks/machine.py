@@ -11,4 +11,5 @@ def machine() -> str:
     """Python, cores, processor and load, in one line."""
     facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in facts if line.startswith("model name")), "?")
-    return f"Python {platform.python_version()} on {os.cpu_count()} cores of {cpu}, load {os.getloadavg()[0]:.1f} at the end"
+    python, load = platform.python_version(), os.getloadavg()[0]
+    return f"Python {python} on {os.cpu_count()} cores of {cpu}, load {load:.1f} at the end"

@@ -96,14 +96,20 @@ def test_launchers_divide_what_they_divide() -> None:
     assert parts(fsdp=True, **two) == (4 * N / 2, 4 * N / 2, 8 * N / 2)
 
 
-def test_gradients_of_one_pass_wait_for_the_others() -> None:
+@pytest.mark.parametrize("cuda", [True, False])
+def test_gradients_of_one_pass_wait_for_the_others(cuda: bool) -> None:
     batch = LargestBatch(1, 512, 512, masked=False)
     alone, together = (
-        estimate_memory(SMOLLM2, settings(), batch, accumulation, checkpointing=False) for accumulation in (1, 2)
+        estimate_memory(SMOLLM2, settings(), batch, accumulation, checkpointing=False, cuda=cuda)
+        for accumulation in (1, 2)
     )
     assert alone.gradients == together.gradients == 4 * N
-    assert together.total == pytest.approx(sum(value for name, value in vars(together).items() if name != "total"))
     assert alone.total < together.total
+    parts_of_it = sum(value for name, value in vars(together).items() if name != "total")
+    # on CPU a third gradient of the tied embedding (49152 x 576) stands beside what glibc does not give back
+    logits = 4 * 512 * 49152
+    more = 0.0 if cuda else 3 * 4 * 49152 * 576 - logits - 2 * logits
+    assert together.total == pytest.approx(parts_of_it + more)
 
 
 def llama(config: dict[str, Any], fields: dict[str, Any]) -> Any:
