@@ -201,8 +201,8 @@ def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int) -> dict[str, 
     if best:
         metrics |= {"best_step": best["step"], "best_eval_loss": best[EVAL_LOSS]}
     return metrics | {
-        "steps": len(lines),
-        "epochs": len(lines) / steps_per_epoch,
+        "steps": lines[-1]["step"],  # a given checkpoint may have some behind it whose lines nobody has
+        "epochs": lines[-1]["step"] / steps_per_epoch,
         "train_loss": math.fsum(last) / len(last),
         "first_loss": losses[0],
         "last_loss": losses[-1],

@@ -40,7 +40,8 @@ def shards(folder: Path, stage: str, rows: int = ROWS) -> Path:
 def train(folder: Path, base: Path, stage: str, die_at: int = 0, **fields: Any) -> list[dict[str, Any]]:
     """Train a few steps; the line of every step."""
     inputs = {"base": base, "shards": shards(folder.parent / f"shards-{stage}", stage)}
-    inputs |= {name: fields.pop(name) for name in ("adapter", "reference") if name in fields}
+    others = ("adapter", "reference", "checkpoint", "checkpoint_weights")
+    inputs |= {name: fields.pop(name) for name in others if name in fields}
     sets = fields.pop("held_out", {})
     inputs |= {f"held_out.{number}": folder for number, folder in enumerate(sets.values())}
     runtime = {"logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "base_name": "tiny"}
