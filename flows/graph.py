@@ -12,12 +12,12 @@ from registry.recipe import Recipe, StageSettings
 from registry.stages import METHODS, STAGES
 from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
-from tasks.evaluation import evaluate_step, shape_of
+from tasks.evaluation import evaluate_step
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
 from tasks.model import base_input
 from tasks.nodes import nodes_of_environment
 from tasks.render import render_step
-from tasks.shards import tokenize_step
+from tasks.shards import shape_of, tokenize_step
 from tasks.steps import Input, LocalFolder, Step, require_folder, upstream
 from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
 from tasks.training import merge_step, train_step

@@ -96,6 +96,17 @@ def damage(folder: Path, required: Set[str]) -> str | None:
     return None
 
 
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor in the folder's safetensors files, read from their headers."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
 def whole(root: Path, required: Set[str]) -> dict[int, Path]:
     """Step → its whole checkpoint, in the order of steps."""
     return {step: folder for step, folder in _checkpoints(root).items() if damage(folder, required) is None}

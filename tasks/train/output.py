@@ -17,6 +17,7 @@ import torch
 
 from tasks.program import ProgramError
 from tasks.train.callbacks import EVAL_LOSS, best_line
+from tasks.train.checkpoints import saved_shapes
 from tasks.train.freezing import trained_parameters
 from tasks.train.lora import BASE_RECORD, adapter_state
 from tasks.train.reference import ADAPTER
@@ -114,17 +115,6 @@ def check_saved_model(model: Any, folder: Path) -> None:
             f"the saved files hold {found} parameters, the model has {expected}; "
             f"only in the model: {lost[:5]}, only in the files: {strangers[:5]}",
         )
-
-
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor in the folder's safetensors files, read from their headers."""
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
 
 
 def wrapped_modules(model: Any) -> list[str]:

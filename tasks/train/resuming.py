@@ -14,14 +14,14 @@ import torch
 
 from registry.errors import InputError
 from tasks.program import ProgramError
+from tasks.train.adapters import require_equal, require_tensors
 from tasks.train.checkpoints import required_files
 from tasks.train.given import ADAPTER, ONLY_WEIGHTS, nothing_left, read_step
-from tasks.train.lora import BASE_RECORD, adapter_state, check_base
+from tasks.train.lora import BASE_RECORD, check_base
 from tasks.train.reference import ADAPTER as NAME
 from tasks.train.reference import unwrapped
 
 SCALES = {"lora_rank": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-Shapes = dict[str, tuple[int, ...]]
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -48,7 +48,7 @@ def load_weights(model: Any, folder: Path) -> None:
         ignore_mismatched_sizes=True,  # reported, and refused below with what both are
     )
     others = [f"{name} is {tuple(saved)}, not {tuple(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
-    _require_equal(folder, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), others)
+    require_equal(folder, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), others)
     model.load_state_dict(loaded.state_dict())
 
 
@@ -66,27 +66,8 @@ def _load_adapter(model: Any, folder: Path) -> None:
         differences.append("the checkpoint has ranks or scales of its own for some modules")
     if differences:
         raise ProgramError("bad_setting", f"{folder}: {'; '.join(differences)}. Set them to the checkpoint's values.")
-    saved, own = load_file(folder / ADAPTER), adapter_state(model, for_plain_base=False)[0]
-    there: Shapes = {name: tuple(value.shape) for name, value in saved.items()}
-    wanted: Shapes = {name: tuple(value.shape) for name, value in own.items()}
-    both = sorted(there.keys() & wanted.keys())
-    others = [f"{name} is {there[name]}, not {wanted[name]}" for name in both if there[name] != wanted[name]]
-    _require_equal(folder, sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys()), others)
-    set_peft_model_state_dict(model, saved, adapter_name=NAME)
-
-
-def _require_equal(folder: Path, missing: list[str], strangers: list[str], others: list[str]) -> None:
-    found = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for names, what in ((missing, "missing"), (strangers, "that the model has not"), (others, "of another shape"))
-        if names
-    ]
-    if found:
-        raise ProgramError(
-            "bad_setting",
-            f"{folder} is a checkpoint of another model or adapter; of its tensors {'; '.join(found)}. "
-            "Use the model_name_or_path, finetuning_type and lora_target it was made with.",
-        )
+    require_tensors(model, folder)
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER), adapter_name=NAME)
 
 
 def require_same_base(folder: Path, adapter: bool, base_digest: str, changes: dict[str, Any]) -> str | None:

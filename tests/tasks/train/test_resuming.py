@@ -190,7 +190,7 @@ def test_what_does_not_fit_the_run_is_refused_with_both_values(base: Path, tmp_p
     assert "lora_rank is 4, the checkpoint has 8; lora_alpha is 8" in why("b", lora_rank=4)
     text = why("c", lora_target=["q_proj"])
     assert "24 that the model has not: base_model.model.model.layers.0.mlp.down_proj.lora_A.weight," in text
-    assert "a checkpoint of another model or adapter; of its tensors 22 of another shape: " in why("d", wide)
+    assert "is damaged, or of another model or adapter; of its tensors 22 of another shape: " in why("d", wide)
     assert "lm_head.weight" not in (text := why("e", wide, "full", full))
     assert "model.embed_tokens.weight is (264, 32), not (264, 64)" in text
     assert "learning_rate is 0.02, the checkpoint's is 0.01" in why("f", learning_rate=0.02)
