@@ -372,6 +372,10 @@ def test_two_processes_have_the_losses_of_one_and_can_be_resumed(inputs: dict[st
     subprocess.run(command, cwd=tmp_path, env=environment(1), check=True)
     assert contents(two) == before
     assert json.loads((two / "report" / "resume.json").read_text()) == {"resumed_from": 4}
+    given = {"checkpoint": tmp_path / "two" / "scratch" / "checkpoints" / "checkpoint-4"}
+    again = make_spec(tmp_path / "again", inputs | shards | given, **fields)
+    subprocess.run([*command[:-1], str(again)], cwd=tmp_path, env=environment(1), check=True)
+    assert contents(tmp_path / "again" / "output") == before
 
 
 def test_a_program_imports_bitsandbytes_and_deepspeed_only_for_settings_that_need_them(
