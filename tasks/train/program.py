@@ -223,8 +223,7 @@ def _starting_point(
     begin = 0 if known.is_file() else read_step(given)
     if own:
         return own, step_of(own) or 0, begin
-    args = trainer.args
-    step = require_exact(given, spec.settings["train"], trainer.model, args.process_index, args.world_size, total)
+    step = require_exact(given, spec.settings["train"], trainer, total)
     if first and known.is_file():
         shutil.copyfile(known, Path(spec.scratch) / LINES)
     return given, step, begin

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from registry.errors import InputError
+from registry.optimizers import TORCH
 from tasks.program import ProgramError
 from tasks.train.adapters import require_equal, require_tensors
 from tasks.train.checkpoints import required_files
@@ -95,15 +96,13 @@ def require_same_base(folder: Path, adapter: bool, base_digest: str, changes: di
     return None
 
 
-def require_exact(folder: Path, settings: dict[str, Any], model: Any, process: int, processes: int, total: int) -> int:
+def require_exact(folder: Path, settings: dict[str, Any], trainer: Any, total: int) -> int:
     """Refuse a given checkpoint that this run cannot go on from exactly.
 
     Args:
         folder: `tasks.train.given.require_checkpoint` has seen it.
         settings: `TrainSettings.identity()`.
-        model: that is trained.
-        process: the number of this one.
-        processes: on all machines.
+        trainer: of this run, whose training has not begun.
         total: steps of the run.
 
     Returns:
@@ -120,11 +119,17 @@ def require_exact(folder: Path, settings: dict[str, Any], model: Any, process: i
         raise ProgramError("bad_setting", ". ".join(nothing_left(folder, step, f"this run has {total}")))
     if settings.get("fsdp"):
         return step  # its optimizer is divided, and accelerate puts it together, without pickle
-    if hasattr(model, "peft_config"):
-        load_weights(model, folder)  # small, and says more about another adapter than its optimizer does
-    _require_optimizer(_read(folder / "optimizer.pt"), folder, settings, model)
+    if hasattr(trainer.model, "peft_config"):
+        load_weights(trainer.model, folder)  # small, and says more about another adapter than its optimizer does
+    _require_optimizer(_read(folder / "optimizer.pt"), folder, settings, trainer)
     _read(folder / "scheduler.pt")
-    name = next(iter(required_files([process], processes) - {"optimizer.pt", "scheduler.pt", "trainer_state.json"}))
+    args = trainer.args
+    name = next(
+        iter(
+            required_files([args.process_index], args.world_size)
+            - {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
+        )
+    )
     states = _read(folder / name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lacking = sorted({"python", "numpy", "cpu", device} - set(states))
@@ -156,15 +161,26 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _require_optimizer(state: dict[str, Any], folder: Path, settings: dict[str, Any], model: Any) -> None:
+def _require_optimizer(state: dict[str, Any], folder: Path, settings: dict[str, Any], trainer: Any) -> None:
     groups = state.get("param_groups", [])
-    moved, known = sum(value.requires_grad for value in model.parameters()), sum(len(g["params"]) for g in groups)
+    moved = sum(value.requires_grad for value in trainer.model.parameters())
+    known = sum(len(group["params"]) for group in groups)
     if moved != known:
         raise ProgramError(
             "bad_setting",
             f"the optimizer in {folder} moves {known} tensors, this run {moved}. Train what it trained, "
             f"{ONLY_WEIGHTS}.",
         )
+    if settings["optim"] in TORCH:  # the others are not made that easily
+        make, arguments = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+        wanted = make([torch.nn.Parameter(torch.zeros(1))], **arguments).param_groups[0].keys()
+        lacking = sorted({name for group in groups for name in wanted - group.keys()})
+        if lacking:
+            raise ProgramError(
+                "bad_setting",
+                f"the optimizer in {folder} is another than optim {settings['optim']}: its state has no "
+                f"{', '.join(lacking)}. Set optim to what it was made with, {ONLY_WEIGHTS}.",
+            )
     rate = settings["learning_rate"]
     rates = {rate} | ({rate * settings["loraplus_lr_ratio"]} if settings.get("loraplus_lr_ratio") else set())
     there = {"learning_rate": {group.get("initial_lr", group["lr"]) for group in groups}}

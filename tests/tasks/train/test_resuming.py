@@ -194,6 +194,8 @@ def test_what_does_not_fit_the_run_is_refused_with_both_values(base: Path, tmp_p
     assert "lm_head.weight" not in (text := why("e", wide, "full", full))
     assert "model.embed_tokens.weight is (264, 32), not (264, 64)" in text
     assert "learning_rate is 0.02, the checkpoint's is 0.01" in why("f", learning_rate=0.02)
+    text = f"the optimizer in {kept} is another than optim sgd: its state has no dampening, momentum, nesterov."
+    assert text in why("i", optim="sgd")
     assert "weight_decay is 0.5, the checkpoint's is 0" in why("g", weight_decay=0.5)
     assert refusal(base, tmp_path / "h", checkpoint_weights=kept, lora_rank=4).startswith(f"{kept}: lora_rank is 4,")
 
