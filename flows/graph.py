@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from registry.errors import InputError, Problem
@@ -11,12 +12,14 @@ from registry.recipe import Recipe, StageSettings
 from registry.stages import METHODS, STAGES
 from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
-from tasks.evaluation import evaluate_step, shape_of
+from tasks.evaluation import evaluate_step
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
 from tasks.model import base_input
+from tasks.nodes import nodes_of_environment
 from tasks.render import render_step
-from tasks.shards import tokenize_step
+from tasks.shards import shape_of, tokenize_step
 from tasks.steps import Input, LocalFolder, Step, require_folder, upstream
+from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
 from tasks.training import merge_step, train_step
 
 BASE = "base"
@@ -166,7 +169,8 @@ def _stage(
         rule = f"eval_steps measures held-out rows of the stage's own kind ({kind.shape}), and there are none"
         raise InputError(Problem(f"stages.{stage}.eval_steps", rule, "Set val_size or eval_dataset."))
     adapter = None if train.create_new_adapter else _adapter(settings)  # a new one: the given one is in the base
-    trained = train_step(label, start.name, base, tokenized, settings, reference, adapter, watched)
+    checkpoint = _checkpoint(settings)
+    trained = train_step(label, start.name, base, tokenized, settings, reference, adapter, watched, checkpoint)
     adapts = METHODS[train.finetuning_type].makes == "adapter"
     model = merge_step(stage, label, base, Input(trained)) if adapts else trained
     evaluated = None
@@ -208,9 +212,19 @@ def _held_out(settings: StageSettings, fetched: Step, base: Input, memory: Diges
     return held_out
 
 
-def _adapter(settings: StageSettings) -> Input | None:
-    from pathlib import Path
+def _checkpoint(settings: StageSettings) -> Input | None:
+    """The folder that training goes on from; its files count, its path does not."""
+    if settings.model.resume_from_checkpoint is None:
+        return None
+    path, exact = Path(settings.model.resume_from_checkpoint), settings.model.resume == "exact"
+    nodes, train = nodes_of_environment(), settings.train.identity()
+    mine, where = train["nproc_per_node"], f"stages.{settings.name}.resume_from_checkpoint"
+    ranks = range(nodes.rank * mine, (nodes.rank + 1) * mine)
+    require_checkpoint(path, train | {"nnodes": nodes.count}, exact, ranks, where)
+    return Input(LocalFolder(path), WEIGHT_FILES + (STATE_FILES if exact else ()))
 
+
+def _adapter(settings: StageSettings) -> Input | None:
     if settings.model.adapter_name_or_path is None:
         return None
     path = Path(settings.model.adapter_name_or_path)

@@ -45,6 +45,7 @@ class Refusal:
 NEEDS: tuple[Need, ...] = (
     Need(tuple(LoraSettings.model_fields), {"finetuning_type": ("lora",)}),
     Need(("adapter_name_or_path",), {"finetuning_type": ("lora",)}),
+    Need(("resume",), {"resume_from_checkpoint": SET}),
     Need(("quant_bit",), {"quant_bit": SET}, refused=False),
     Need(("quant_type", "double_quantization"), {"quant_bit": (4,)}),
     Need(
@@ -93,6 +94,24 @@ REFUSALS: tuple[Refusal, ...] = (
         {"pissa_init": (True,), "adapter_name_or_path": SET, "create_new_adapter": (False,)},
         "an adapter that is trained on has its first values already",
         "Set create_new_adapter: true, or remove pissa_init.",
+    ),
+    Refusal(
+        "resume_from_checkpoint",
+        {"resume_from_checkpoint": SET, "pissa_init": (True,)},
+        "the matrices of a checkpoint belong to what its own pissa_init left of the base",
+        "Finish that run, and start from its adapter with adapter_name_or_path.",
+    ),
+    Refusal(
+        "resume_from_checkpoint",
+        {"resume_from_checkpoint": SET, "resume": ("exact",), "load_best_model_at_end": (True,)},
+        "the best weights may be those of an earlier step, which the checkpoint does not hold",
+        "Remove load_best_model_at_end, or set resume: weights_only.",
+    ),
+    Refusal(
+        "resume_from_checkpoint",
+        {"resume_from_checkpoint": SET, "resume": ("exact",), "deepspeed": SET},
+        "DeepSpeed reads its optimizer state with pickle, which can run code that somebody put into the folder",
+        "Set resume: weights_only. A run of your own that was interrupted goes on by the same command.",
     ),
     Refusal(
         "create_new_adapter",

@@ -221,7 +221,7 @@ def _stage(
     directory = (
         _collect(problems, user_path, dataset_dir, where("dataset_dir")) if isinstance(dataset_dir, str) else None
     )
-    for key in ("model_name_or_path", "adapter_name_or_path"):
+    for key in ("model_name_or_path", "adapter_name_or_path", "resume_from_checkpoint"):
         if isinstance(settings.get(key), str):
             _collect(problems, user_path, settings[key], where(key))
     sources = _sources(data.dataset, directory, where("dataset"), problems) if isinstance(data, DataSettings) else ()

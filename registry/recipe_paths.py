@@ -11,7 +11,10 @@ from registry.core import user_path
 from registry.data_files import kind_of
 from registry.errors import InputError
 
-PATHS = {"dataset_dir": True, "adapter_name_or_path": True, "model_name_or_path": False, "ref_model": False}
+PATHS = {
+    **dict.fromkeys(("dataset_dir", "adapter_name_or_path", "resume_from_checkpoint"), True),
+    **dict.fromkeys(("model_name_or_path", "ref_model"), False),
+}
 """Settings that are paths: always, or only when such a folder exists."""
 
 

@@ -30,6 +30,11 @@ class ModelSettings(Record):
     """Hub branch, tag or commit of the base model; the commit it pointed to is recorded."""
     adapter_name_or_path: Text | None = None
     """Local folder of a LoRA adapter to continue from; it must have been trained on the same base weights."""
+    resume_from_checkpoint: Text | None = None
+    """Folder of a checkpoint to go on from (`checkpoint-N`, ours or of Hugging Face's Trainer); its content counts.
+    The newest checkpoint of an interrupted run is found without it."""
+    resume: Literal["exact", "weights_only"] = "exact"
+    """From `resume_from_checkpoint` take all (what is missing is an error), or the weights, to begin at step 0."""
 
 
 class InlineDataset(Record):

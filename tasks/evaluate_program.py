@@ -106,9 +106,9 @@ def load(spec: Spec) -> Any:
     dtype = torch.bfloat16 if spec.settings["bf16"] else torch.float32
     model = load_base(spec.inputs["model"], dtype, spec.settings["measure"] == "reward", changes)
     if adapter:
-        from peft import PeftModel
+        from tasks.train.adapters import load_adapter
 
-        model = PeftModel.from_pretrained(model, adapter)
+        model = load_adapter(model, adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

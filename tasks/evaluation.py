@@ -15,6 +15,7 @@ from registry.records import EvaluationSettings
 from registry.stages import STAGES
 from tasks.jsonlines import read_json_lines
 from tasks.launch import run_program
+from tasks.shards import shape_of
 from tasks.steps import Input, Step, Work
 from tasks.training import BASE_FILES, SHARD_FILES, keep_log
 
@@ -71,13 +72,6 @@ def evaluate_step(
         },
         heavy=True,
     )
-
-
-def shape_of(tokenize: Step) -> str:
-    """The shape of the rows behind a tokenize step."""
-    rendered = tokenize.inputs["rendered"].source
-    assert isinstance(rendered, Step)
-    return str(rendered.identity["shape"])
 
 
 def evaluate(work: Work) -> dict[str, Any]:

@@ -116,9 +116,9 @@ def probe_tokens(vocabulary: int) -> torch.Tensor:
 
 def _merge(model: Any, adapter: Path, probe: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """The model with the adapter added to its weights, float32, and the logits it had with the adapter beside them."""
-    from peft import PeftModel
+    from tasks.train.adapters import load_adapter
 
-    wrapped = PeftModel.from_pretrained(model, str(adapter)).eval()
+    wrapped = load_adapter(model, str(adapter)).eval()
     wanted = _logits(wrapped, probe)
     return wrapped.merge_and_unload(safe_merge=True), wanted
 

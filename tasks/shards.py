@@ -35,7 +35,7 @@ from tasks.workers import make_chunks
 if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
     from registry.records import DataSettings
 
-VERSION = 3  # a pair is one sequence; margins of pairs and marks of answers go with their tokens
+VERSION = 4  # a pair is one row in statistics.json, whatever texts it has
 TOO_LONG, NOT_TRAINED = "too_long", "no_trained_tokens"
 ORIGINS = "origins.json"  # of each shard: numbers of the data set and of its file
 CHECKED_ROWS = 8  # of every chunk, encoded by both libraries: one row that differs, and the fast one is not used
@@ -76,6 +76,13 @@ def tokenize_step(
         runtime=rendered.runtime,
         packages=("tokenizers", "fastokens", "pyarrow"),
     )
+
+
+def shape_of(tokenize: Step) -> str:
+    """The shape of the rows behind a tokenize step."""
+    rendered = tokenize.inputs["rendered"].source
+    assert isinstance(rendered, Step)
+    return str(rendered.identity["shape"])
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ def tokenize(work: Work) -> dict[str, Any]:
     rejects, total = Rejects(), 0
     files = file_names(work.inputs["rendered"], work.step.runtime)
     for chunk, shard in zip(chunks, made, strict=True):
-        total += shard.report["read"]
+        total += shard.report["read"] // width(meta["shape"])
         for row, line, reason, detail in shard.report["left_out"]:
             rejects.add(files[chunk["source"]][chunk["file"]], place(row, line), row, BadRow(reason, detail))
     kept = sum(shard.report["rows"] for shard in made)
@@ -283,7 +290,8 @@ def require_fitting(step: Step, rejects: Rejects, rows: int) -> None:
     Raises:
         InputError: a row too long under `overlong: error`, or no row but those.
     """
-    cure = "Raise cutoff_len, or set overlong: truncate to cut rows at the end."
+    compared = shape_of(step) in ("preference", "labelled")  # whose answers are never cut
+    cure = "Raise cutoff_len" + ("." if compared else ", or set overlong: truncate to cut rows at the end.")
     if step.identity["overlong"] == "error":
         rejects.raise_if_any("tokenize", cure)
     if rows == 0:
@@ -311,7 +319,7 @@ def _collect(
     write_index(work.output, sequences)
     count = len(sequences.offsets) - 1
     statistics = {
-        "rows": len(lengths),
+        "rows": len(lengths) // wide,
         "sequences": count,
         **{name: sum(shard.report[name] for shard in made) for name in ("tokens", "trained_tokens", "truncated")},
         **describe_lengths(lengths),

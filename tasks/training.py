@@ -30,6 +30,7 @@ TRAINING_RUNTIME = {
     "gradient_checkpointing",
     "force_torchrun",
 }
+CHECKPOINT_INPUTS = {"exact": "checkpoint", "weights_only": "checkpoint_weights"}  # which tells the program what to do
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
@@ -42,6 +43,7 @@ def train_step(
     reference: Input | None = None,
     adapter: Input | None = None,
     held_out: Mapping[str, Step] | None = None,
+    checkpoint: Input | None = None,
 ) -> Step:
     """The step that trains.
 
@@ -56,12 +58,15 @@ def train_step(
         reference: the model to stay close to; None: the one that is started from.
         adapter: a LoRA adapter to continue from.
         held_out: data set name → tokenize step of what is measured while training.
+        checkpoint: of an earlier run, to go on from as `resume` of the settings says.
     """
     nodes = nodes_of_environment()
     inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
     sets = held_out or {}
     inputs |= {f"held_out.{number}": Input(step, SHARD_FILES) for number, step in enumerate(sets.values())}
     inputs |= {"reference": Input(reference.source, BASE_FILES)} if reference else {}
+    inputs |= {"adapter": adapter} if adapter else {}
+    inputs |= {CHECKPOINT_INPUTS[settings.model.resume]: checkpoint} if checkpoint else {}
     return Step(
         stage=settings.name,
         name="train",
@@ -74,7 +79,7 @@ def train_step(
         }
         # how far positions are stretched
         | ({"cutoff_len": settings.data.cutoff_len} if settings.train.rope_scaling else {}),
-        inputs=inputs | ({"adapter": adapter} if adapter else {}),
+        inputs=inputs,
         run="tasks.training:train",
         runtime=settings.runtime.model_dump(include=TRAINING_RUNTIME) | {"base_name": base_name, "sets": list(sets)},
         heavy=True,

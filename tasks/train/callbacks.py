@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +24,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tasks.digests import sync
 from tasks.program import Events, ProgramError
 from tasks.train.checkpoints import mark_whole, rotate
+from tasks.train.given import LINES
+from tasks.train.lora import BASE_RECORD
 from tasks.train.measure import StepSpeed, peak_bytes, peak_gib
 from tasks.train.trainer import TokenTrainer
 from tasks.training_estimate import MEASURED
@@ -40,20 +43,22 @@ class StepLines:
     Args:
         path: the file; None on processes other than the first of a machine, which record nothing.
         step: the step of the checkpoint that is resumed from; lines behind it are dropped, as they will be made again.
+        begin: the step before the first line: of a checkpoint that was given, where it knows no lines before it.
 
     Raises:
         ProgramError: `unexpected` when lines before that step are missing.
     """
 
-    def __init__(self, path: Path | None, step: int) -> None:
+    def __init__(self, path: Path | None, step: int, begin: int = 0) -> None:
         self.path = path
         self.lines: list[dict[str, Any]] = []
         if path is None:
             return
-        if step:
-            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:step]]
-            if [line["step"] for line in self.lines] != list(range(1, step + 1)):
-                raise ProgramError("unexpected", f"{path.name} does not hold the steps 1 to {step} of the checkpoint")
+        if step > begin:
+            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[: step - begin]]
+            if [line["step"] for line in self.lines] != list(range(begin + 1, step + 1)):
+                rule = f"{path.name} does not hold the steps {begin + 1} to {step} of the checkpoint"
+                raise ProgramError("unexpected", rule)
         temporary = path.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         temporary.rename(path)
@@ -66,10 +71,11 @@ class StepLines:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
-    def sync(self) -> None:
-        """Make the lines as durable as the checkpoint that relies on them."""
+    def keep_in(self, checkpoint: Path) -> None:
+        """Put the lines into a checkpoint, and make them as durable as it: it may be resumed from elsewhere."""
         if self.path is not None:
             sync(self.path)
+            shutil.copyfile(self.path, checkpoint / LINES)
 
 
 def logged(lines: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
@@ -78,7 +84,7 @@ def logged(lines: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
     >>> logged([{"step": n, "loss": float(n)} for n in (1, 2, 3)], every=2)
     [{'step': 2, 'loss': 1.5}, {'step': 3, 'loss': 3.0}]
     """
-    ends = [end for end in range(1, len(lines) + 1) if end % every == 0 or end == len(lines)]
+    ends = [end for end, line in enumerate(lines, 1) if line["step"] % every == 0 or end == len(lines)]
     shown = []
     for start, end in pairwise([0, *ends]):
         part = lines[start:end]
@@ -109,6 +115,10 @@ class StepWatcher(TrainerCallback):
     def _metrics(self, line: dict[str, Any]) -> None:
         values = {name: value for name, value in line.items() if name not in COUNTED}
         self.events.emit("metrics", step=line["step"], values=values)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Log and save as often as this run is told to; a checkpoint brings the intervals of the run that wrote it."""
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Choose the order of the epoch that begins, or that a resumed run is in."""
@@ -152,7 +162,8 @@ class StepWatcher(TrainerCallback):
         self.events.emit("progress", total=state.max_steps, **shown)
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps:
-            self._metrics(logged(self.lines.lines[(step - 1) // self.every * self.every :], self.every)[-1])
+            since = (step - 1) // self.every * self.every
+            self._metrics(logged([line for line in self.lines.lines if line["step"] > since], self.every)[-1])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The time a checkpoint took is not the next step's."""
@@ -160,10 +171,22 @@ class StepWatcher(TrainerCallback):
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Marks a checkpoint whole when every process has written its part, then lets older ones go."""
+    """Marks a checkpoint whole when every process has written its part, then lets older ones go.
 
-    def __init__(self, root: Path, keep: int, lines: StepLines, required: Set[str], best: bool = False) -> None:
+    Args:
+        root: the folder of checkpoints.
+        keep: how many stay.
+        lines: of the steps so far, kept in each.
+        required: see `tasks.train.checkpoints.required_files`.
+        record: what the base was, kept in each.
+        best: keep that of the lowest held-out loss as well.
+    """
+
+    def __init__(
+        self, root: Path, keep: int, lines: StepLines, required: Set[str], record: dict[str, Any], best: bool = False
+    ) -> None:
         self.root, self.keep, self.lines, self.required, self.best = root, keep, lines, required, best
+        self.record = record
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called after Trainer has written `checkpoint-N`."""
@@ -172,8 +195,10 @@ class CheckpointKeeper(TrainerCallback):
 
             torch.distributed.barrier()
         if args.should_save:
-            self.lines.sync()
-            mark_whole(self.root / f"checkpoint-{state.global_step}", self.required)
+            folder = self.root / f"checkpoint-{state.global_step}"
+            self.lines.keep_in(folder)
+            (folder / BASE_RECORD).write_text(json.dumps(self.record), encoding="utf-8")
+            mark_whole(folder, self.required)
             best = best_line(self.lines.lines) if self.best else None
             rotate(self.root, self.keep, self.required, best["step"] if best else None)
 

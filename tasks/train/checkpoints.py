@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Set
 from pathlib import Path
 
 from tasks.digests import sync
@@ -19,7 +19,7 @@ MARKER = "whole.json"
 FORMAT = 1  # layout of the marker
 
 
-def required_files(ranks: Sequence[int], processes: int, keeper: str | None = None) -> set[str]:
+def required_files(ranks: Collection[int], processes: int, keeper: str | None = None) -> set[str]:
     """What an exact resume needs beside the weights, as patterns of names.
 
     Args:
@@ -40,7 +40,8 @@ def required_files(ranks: Sequence[int], processes: int, keeper: str | None = No
     return {"scheduler.pt", "trainer_state.json", *states}
 
 
-def _missing(names: Iterable[str], required: Set[str]) -> list[str]:
+def missing_files(names: Iterable[str], required: Set[str]) -> list[str]:
+    """The patterns of `required_files` that no name fits, sorted."""
     found = list(names)
     return sorted(pattern for pattern in required if not fnmatch.filter(found, pattern))
 
@@ -63,7 +64,7 @@ def mark_whole(folder: Path, required: Set[str]) -> None:
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files.pop(MARKER, None)
-    missing = _missing(files, required)
+    missing = missing_files(files, required)
     if missing:
         raise FileNotFoundError(f"{folder.name} lacks {missing}")
     for path in files.values():
@@ -85,7 +86,7 @@ def damage(folder: Path, required: Set[str]) -> str | None:
         return "its marker is missing or unreadable"
     if marker.get("format") != FORMAT:
         return f"its marker has format {marker.get('format')}, not {FORMAT}"
-    missing = _missing(marker["files"], required)
+    missing = missing_files(marker["files"], required)
     if missing:
         return f"it lacks {missing}"
     for name, size in marker["files"].items():
@@ -93,6 +94,17 @@ def damage(folder: Path, required: Set[str]) -> str | None:
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} does not have the {size} bytes it had"
     return None
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor in the folder's safetensors files, read from their headers."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def whole(root: Path, required: Set[str]) -> dict[int, Path]:

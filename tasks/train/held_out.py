@@ -20,6 +20,7 @@ from tasks.batch_plan import BatchPlan
 from tasks.program import Events
 from tasks.train.batches import Batch, MicroBatchSampler, make_loader
 from tasks.train.callbacks import EVAL_LOSS, StepLines, StepWatcher, best_line
+from tasks.train.resuming import load_weights
 from tasks.train.trainer import TokenTrainer
 
 
@@ -103,8 +104,7 @@ class HeldOutLoss(TrainerCallback):
         known = torch.tensor([float(best["step"]) if best else 0.0], device=self.trainer.args.device)
         step = int(self.trainer.gather(known).max())
         if step != self.trainer.state.global_step:
-            self.trainer.state.best_model_checkpoint = str(root / f"checkpoint-{step}")
-            self.trainer._load_best_model()
+            load_weights(self.trainer.model, root / f"checkpoint-{step}")
             self.events.emit("note", text=f"the weights of step {step} are kept, where the held-out loss was lowest")
 
     def _agreed(self, answer: bool) -> bool:

@@ -188,46 +188,6 @@ def _require_rank(model: Any, targets: list[str], rank: int) -> None:
                 )
 
 
-def continue_lora(model: Any, adapter: str, settings: dict[str, Any]) -> Any:
-    """Load an adapter to train it on.
-
-    Raises:
-        ProgramError: `bad_setting` when it has another rank, scale, form or other modules than `settings` says: those
-            are fixed when an adapter is made.
-    """
-    from peft import LoraConfig, PeftModel
-
-    config = LoraConfig.from_pretrained(adapter)
-    whole = resolve_whole(model, [name for name in config.modules_to_save or () if name not in CLASSIFIER_NAMES])
-    differences = [
-        f"{name} is {asked}, the adapter has {found}"
-        for name, asked, found in (
-            ("lora_rank", settings["lora_rank"], config.r),
-            ("lora_alpha", settings["lora_alpha"], config.lora_alpha),
-            (
-                "lora_target",
-                ", ".join(resolve_targets(model, settings["lora_target"])),
-                ", ".join(sorted(config.target_modules)),
-            ),
-            (
-                "additional_target",
-                ", ".join(resolve_whole(model, settings["additional_target"])) or "nothing",
-                ", ".join(whole) or "nothing",
-            ),
-            ("use_rslora", settings["use_rslora"], config.use_rslora),
-            ("use_dora", settings["use_dora"], config.use_dora),
-        )
-        if asked != found
-    ]
-    if differences:
-        raise ProgramError(
-            "bad_setting",
-            f"{'; '.join(differences)}. Set them to the adapter's values, or set create_new_adapter: true.",
-        )
-    config.lora_dropout = settings["lora_dropout"]
-    return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
-
-
 def adapter_state(model: Any, for_plain_base: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and the config of the adapter that is trained.
 

@@ -15,9 +15,10 @@ import torch
 
 from registry.combinations import WITH_REFERENCE
 from tasks.program import ProgramError
+from tasks.train.adapters import continue_lora
 from tasks.train.freezing import freeze
 from tasks.train.loading import Changes, load_base, loading_arguments, refuse_quantised, stretched_positions
-from tasks.train.lora import add_lora, check_base, continue_lora
+from tasks.train.lora import add_lora, check_base
 from tasks.train.reference import Reference, keep_adapter, without_dropout
 
 

@@ -17,6 +17,7 @@ import torch
 
 from tasks.program import ProgramError
 from tasks.train.callbacks import EVAL_LOSS, best_line
+from tasks.train.checkpoints import saved_shapes
 from tasks.train.freezing import trained_parameters
 from tasks.train.lora import BASE_RECORD, adapter_state
 from tasks.train.reference import ADAPTER
@@ -116,17 +117,6 @@ def check_saved_model(model: Any, folder: Path) -> None:
         )
 
 
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor in the folder's safetensors files, read from their headers."""
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
-
-
 def wrapped_modules(model: Any) -> list[str]:
     """Full names of the modules that got LoRA matrices, as in the saved file, sorted."""
     return sorted(name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A"))
@@ -201,8 +191,8 @@ def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int) -> dict[str, 
     if best:
         metrics |= {"best_step": best["step"], "best_eval_loss": best[EVAL_LOSS]}
     return metrics | {
-        "steps": len(lines),
-        "epochs": len(lines) / steps_per_epoch,
+        "steps": lines[-1]["step"],  # a given checkpoint may have some behind it whose lines nobody has
+        "epochs": lines[-1]["step"] / steps_per_epoch,
         "train_loss": math.fsum(last) / len(last),
         "first_loss": losses[0],
         "last_loss": losses[-1],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from registry.machine import machine_problems
 from registry.optimizers import OPTIMIZERS
 from registry.stages import METHODS, STAGES
 from tasks.program import Events, ProgramError, Spec, main
+from tasks.train.given import LINES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     from tasks.train.held_out import HeldOutLoss
     from tasks.train.trainer import TokenTrainer
 
-LINES = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+GIVEN, GIVEN_WEIGHTS = "checkpoint", "checkpoint_weights"  # inputs, see `tasks.training.CHECKPOINT_INPUTS`
 
 
 def work(spec: Spec, events: Events) -> None:
@@ -50,6 +52,7 @@ def work(spec: Spec, events: Events) -> None:
     from tasks.train.model import build_model, position_changes, require_separation
     from tasks.train.output import write_json
     from tasks.train.processes import whole_weights
+    from tasks.train.resuming import load_weights
     from tasks.training_estimate import MEMORY_FILE
 
     before = resident_bytes()
@@ -58,6 +61,13 @@ def work(spec: Spec, events: Events) -> None:
     base, digest = spec.inputs["base"], spec.settings["base_digest"]
     changes = position_changes(settings, base, spec.settings.get("cutoff_len"))
     model = build_model(settings, base, digest, spec.inputs.get("adapter"), changes)
+    record = {"base_digest": digest} | ({"config": changes} if changes else {})
+    if GIVEN_WEIGHTS in spec.inputs:
+        _require_base(spec, GIVEN_WEIGHTS, digest, changes, events)
+        load_weights(model, Path(spec.inputs[GIVEN_WEIGHTS]))
+        events.emit("note", text=f"the weights of {spec.inputs[GIVEN_WEIGHTS]}; step 0, with a new optimizer")
+    elif GIVEN in spec.inputs:
+        _require_base(spec, GIVEN, digest, changes, events)
     pieces = 2 if STAGES[settings["stage"]].shape == "preference" else 1
     rows = Rows(spec.inputs["shards"], model.get_input_embeddings().num_embeddings, pieces)
     if spec.settings["packing"]:
@@ -69,11 +79,10 @@ def work(spec: Spec, events: Events) -> None:
     if trainer.args.process_index == 0:
         print(plan.sentence(total), flush=True)
     events.emit("note", text=plan.sentence(total))
-    lines, resumed_from = _train(trainer, spec, events, total)
+    lines, resumed_from = _train(trainer, spec, events, total, record)
     memory = _memory(trainer, spec, plan, before) if resumed_from < total else None
     model.config.use_cache = use_cache
     first = trainer.args.local_process_index == 0
-    record = {"base_digest": digest} | ({"config": changes} if changes else {})
     with whole_weights(trainer.model, keep=first):
         if first:
             _write(trainer.model, spec, lines, plan, resumed_from, record)
@@ -221,42 +230,80 @@ def _arguments(spec: Spec, plan: BatchPlan, total: int) -> TrainingArguments:
     return arguments
 
 
-def _train(trainer: Any, spec: Spec, events: Events, total: int) -> tuple[list[dict[str, Any]], int]:
+def _require_base(spec: Spec, name: str, digest: str, changes: dict[str, Any], events: Events) -> None:
+    """Refuse the checkpoint of an adapter that belongs to another base."""
+    from tasks.train.resuming import require_same_base
+
+    adapter = spec.settings["train"]["finetuning_type"] == "lora"
+    note = require_same_base(Path(spec.inputs[name]), adapter, digest, changes)
+    if note:
+        events.emit("note", text=note)
+
+
+def _starting_point(
+    trainer: Any, spec: Spec, own: Path | None, total: int, first: bool
+) -> tuple[Path | None, int, int]:
+    """Where the run goes on: the checkpoint, its step, and the step before the first line that is known.
+
+    A checkpoint of its own is newer than the one that was given. Lines that the given one knows become the run's own.
+    """
+    from tasks.train.checkpoints import step_of
+    from tasks.train.given import read_step
+    from tasks.train.resuming import require_exact
+
+    given = Path(spec.inputs[GIVEN]) if GIVEN in spec.inputs else None
+    if given is None:
+        return own, (step_of(own) or 0) if own else 0, 0
+    known = given / LINES
+    begin = 0 if known.is_file() else read_step(given)
+    if own:
+        return own, step_of(own) or 0, begin
+    step = require_exact(given, spec.settings["train"], trainer, total)
+    if first and known.is_file():
+        shutil.copyfile(known, Path(spec.scratch) / LINES)
+    return given, step, begin
+
+
+def _train(
+    trainer: Any, spec: Spec, events: Events, total: int, record: dict[str, Any]
+) -> tuple[list[dict[str, Any]], int]:
     """Make the steps that are not made yet; the line of every step, and the step resumed from (0: none)."""
     from transformers import PrinterCallback
 
     from tasks.architecture import read_architecture
     from tasks.train.callbacks import CheckpointKeeper, Leaving, StepLines, StepWatcher
-    from tasks.train.checkpoints import remove_damaged, step_of
+    from tasks.train.checkpoints import remove_damaged
     from tasks.train.measure import StepSpeed
     from tasks.train.processes import newest_common, required_here
+    from tasks.train.resuming import load_weights
 
     root, required = Path(spec.scratch) / CHECKPOINTS, required_here(spec.settings["train"], trainer.args.world_size)
     first = trainer.args.local_process_index == 0
     if first:
         for reason in remove_damaged(root, required):
             events.emit("note", text=reason)
-    checkpoint = newest_common(root, required)
-    step = (step_of(checkpoint) or 0) if checkpoint else 0
+    own = newest_common(root, required)
+    checkpoint, step, begin = _starting_point(trainer, spec, own, total, first)
     if step:
-        events.emit("note", text=f"resumed from step {step}")
-    lines = StepLines(Path(spec.scratch) / LINES if first else None, step)
+        where = "" if own else f" of {checkpoint}"
+        events.emit("note", text=f"resumed from step {step}{where}")
+    lines = StepLines(Path(spec.scratch) / LINES if first else None, step, begin)
     settings, model = spec.settings["train"], read_architecture(Path(spec.inputs["base"]))
     speed = StepSpeed(model, settings, trainer.args.world_size)
     watcher = StepWatcher(events, lines, trainer, spec.runtime["logging_steps"], speed)
     watcher.repeat()
     trainer.remove_callback(PrinterCallback)
     best = bool(spec.settings["train"].get("load_best_model_at_end"))
-    trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines, required, best))
+    trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines, required, record, best))
     trainer.add_callback(watcher)
     leaving = Leaving(trainer)
     trainer.add_callback(leaving)
     held_out = _held_out(trainer, spec, events, lines, watcher)
     if held_out:
         trainer.add_callback(held_out)
-    if step == total or (held_out and held_out.is_over()):
+    if checkpoint and (step == total or (held_out and held_out.is_over())):
         # Trainer would make one step too many: it only looks whether it is done after a step.
-        trainer._load_from_checkpoint(str(checkpoint))
+        load_weights(trainer.model, checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     leaving.require_end(trainer.state.global_step, total)

@@ -19,6 +19,7 @@ from tasks.batch_plan import BatchPlan
 from tasks.train.batches import Batch, MicroBatchSampler, make_loader
 from tasks.train.objectives import Objective, Sums, trained_tokens
 from tasks.train.processes import whole_weights
+from tasks.train.resuming import load_weights
 
 
 @dataclass
@@ -147,6 +148,13 @@ class TokenTrainer(Trainer):
                 for (name, (unit, _)), total in zip(self._sums.items(), totals.tolist(), strict=True)
                 if self.counts.units[unit]
             }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights of a checkpoint, all of them; Trainer passes over names that it does not find."""
+        if self.is_fsdp_enabled:  # accelerate puts the parts back
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, Path(resume_from_checkpoint))
 
     def gather(self, value: torch.Tensor) -> torch.Tensor:
         """One row per process, on every process."""

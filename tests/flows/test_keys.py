@@ -11,6 +11,7 @@ import pytest
 
 from flows.graph import build
 from registry.deepspeed import FOLDER as DEEPSPEED
+from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
 from registry.records import DataSettings, EvaluationSettings, ModelSettings, RuntimeSettings, TrainSettings
@@ -32,6 +33,8 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "model_name_or_path": ("FOLDER/other_model", {"train", "merge", "evaluate"}),
         "model_revision": ("v2", NOTHING),  # of a local folder there is one; see the test of hub models below
         "adapter_name_or_path": ("FOLDER/adapter", TRAINED),
+        "resume_from_checkpoint": ("FOLDER/checkpoint", TRAINED),
+        "resume": ("weights_only", TRAINED),
     },
     DataSettings: {
         "dataset": ("FOLDER/more.jsonl", READ),
@@ -129,6 +132,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{key: {"eval_steps": 3} for key in ("early_stopping_steps", "load_best_model_at_end")},
     "simpo_gamma": {"stage": "dpo", "pref_loss": "simpo"},
     **{key: {"stage": "kto"} for key in ("kto_chosen_weight", "kto_rejected_weight")},
+    "resume": {"resume_from_checkpoint": "FOLDER/checkpoint"},
     "create_new_adapter": {"adapter_name_or_path": "FOLDER/adapter"},
     **{key: {"quant_bit": 4} for key in ("quant_type", "double_quantization")},
     **{key: {"finetuning_type": "freeze"} for key in FREEZING},
@@ -152,7 +156,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(folder / f"{name}.jsonl", count, name)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
+    write_checkpoint(folder / "checkpoint")
     return folder
+
+
+def write_checkpoint(folder: Path) -> None:
+    """The files of a checkpoint; what is in them is looked at when training begins."""
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "README.md"):
+        (folder / name).write_text(name)
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
 
 
 def identities(
@@ -197,7 +210,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 82
+    assert len(CASES) == 84
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
@@ -253,6 +266,23 @@ def test_a_deepspeed_file_counts_by_its_content(folder: Path, tmp_path: Path) ->
     assert changed(by_name, by_path) == NOTHING
     mine.write_text('{"zero_optimization": {"stage": 1}}')
     assert changed(by_path, identities(folder, {"deepspeed": str(mine)})) == TRAINED
+
+
+def test_a_checkpoint_counts_by_its_content(folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "copy")
+    given, copied = ({"resume_from_checkpoint": str(place)} for place in (folder / "checkpoint", tmp_path / "copy"))
+    before, weights = identities(folder, given), identities(folder, given | {"resume": "weights_only"})
+    assert before["sft/train"][3] == ["base", "checkpoint", "shards"]
+    assert weights["sft/train"][3] == ["base", "checkpoint_weights", "shards"]
+    assert changed(before, identities(folder, copied)) == NOTHING
+    (tmp_path / "copy" / "README.md").write_text("another")
+    assert changed(before, identities(folder, copied)) == NOTHING
+    (tmp_path / "copy" / "optimizer.pt").write_text("another")
+    assert changed(before, identities(folder, copied)) == TRAINED
+    assert changed(weights, identities(folder, copied | {"resume": "weights_only"})) == NOTHING
+    (tmp_path / "copy" / "optimizer.pt").unlink()
+    with pytest.raises(InputError, match=r"stages\.sft\.resume_from_checkpoint: .* lacks optimizer\.pt"):
+        identities(folder, copied)
 
 
 def test_a_hub_model_counts_by_name_and_revision(folder: Path) -> None:

@@ -150,6 +150,13 @@ def test_lora_settings_with_full_tuning_are_refused(data: Path) -> None:
             {"pissa_init": True, "adapter_name_or_path": "a"},
             "an adapter that is trained on has its first values already",
         ),
+        ({"resume": "weights_only"}, "resume has no effect"),
+        ({"resume_from_checkpoint": "c", "deepspeed": "zero2"}, "DeepSpeed reads its optimizer state with pickle"),
+        ({"resume_from_checkpoint": "c", "pissa_init": True}, "to what its own pissa_init left of the base"),
+        (
+            {"resume_from_checkpoint": "c", "eval_steps": 1, "load_best_model_at_end": True},
+            "those of an earlier step, which the checkpoint does not hold",
+        ),
         ({"create_new_adapter": True}, "there is no adapter to merge first"),
         ({"finetuning_type": "freeze", "freeze_trainable_layers": 0}, "leave nothing to train"),
         (
@@ -187,7 +194,7 @@ def test_every_field_says_what_it_is() -> None:
     documented = {name: record.model_fields[name].description for name, record in FIELDS.items()}
     documented |= {name: field.description for name, field in EvaluationSettings.model_fields.items()}
     assert [name for name, text in documented.items() if not text] == []
-    assert len(documented) == 83
+    assert len(documented) == 85
 
 
 def test_derived_values_are_filled_in_and_settings_without_effect_left_out() -> None:

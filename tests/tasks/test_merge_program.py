@@ -6,13 +6,16 @@ One decision: adapters are made with random B matrices, so that a merge that doe
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tasks.merge_program import saved_dtype, tolerance, work
@@ -131,6 +134,29 @@ def test_an_adapter_of_another_base_is_refused_with_both_digests(tmp_path: Path)
         merge(tmp_path / "run", other, adapter, digest="base-9")
 
 
+def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+
+
+def test_an_adapter_of_which_a_part_is_lost_is_refused_instead_of_merged_without_it(tmp_path: Path) -> None:
+    base, name = tiny_model(tmp_path / "base"), "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    whole = make_adapter(tmp_path / "adapter", base)
+    changes: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+        f"1 missing: {name}": lambda tensors: tensors.pop(name),
+        f"1 that the model has not: {name}2": lambda tensors: tensors.update({f"{name}2": torch.zeros(64, 4)}),
+        "an adapter of another model (size mismatch for ": lambda tensors: tensors.update({name: torch.zeros(0, 4)}),
+        "16 missing": lambda tensors: tensors.clear(),  # the 40-byte file of a ZeRO-3 run of other tools
+    }
+    for number, (words, change) in enumerate(changes.items()):
+        adapter = Path(shutil.copytree(whole, tmp_path / f"adapter-{number}"))
+        change_tensors(adapter, change)
+        with pytest.raises(ProgramError, match=re.escape(words)) as error:
+            merge(tmp_path / f"run-{number}", base, adapter)
+        assert error.value.kind == "bad_setting"
+
+
 def test_an_adapter_that_does_nothing_is_said_to(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base")
     output = merge(tmp_path / "run", base, make_adapter(tmp_path / "adapter", base, zero=True))
@@ -150,8 +176,6 @@ def test_a_merge_that_changes_the_logits_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_a_base_in_another_dtype_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.zeros(4, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ProgramError, match="the base holds I8"):
         saved_dtype(tmp_path)

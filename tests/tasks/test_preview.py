@@ -143,7 +143,7 @@ def test_a_pair_is_refused_as_a_whole_and_counts_once(model: Path, tmp_path: Pat
         ("rejected", False, False),
     ]
     counts = make(steps)["tokenize"].manifest["counts"]
-    assert (counts["rows"], counts["left_out"]) == (2, {"too_long": 1})
+    assert (counts["rows"], counts["left_out"]) == (1, {"too_long": 1})
     assert "1 row by tokenize: too_long" in page(rows).replace("<i> </i>", " ")
 
 

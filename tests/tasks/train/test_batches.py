@@ -150,6 +150,16 @@ def test_the_last_step_of_an_epoch_repeats_no_row() -> None:
     assert seen.count(FILLER) == 3
 
 
+def test_every_process_makes_as_many_forward_passes_as_the_others_and_none_waits_for_ever() -> None:
+    for rows in range(1, 14):
+        for per_device, accumulation, processes in ((1, 1, 2), (2, 1, 3), (1, 3, 2), (3, 2, 4)):
+            plan = BatchPlan(rows, per_device, accumulation, processes, seed=0)
+            passes = [list(plan.micro_batches(0, process)) for process in range(processes)]
+            assert {len(own) for own in passes} == {plan.steps_per_epoch() * accumulation}
+            seen = sorted(row for own in passes for batch in own for row in batch if row != FILLER)
+            assert seen == list(range(rows))
+
+
 def test_every_epoch_has_its_own_order_and_a_seed_repeats_it() -> None:
     plan = BatchPlan(rows=50, per_device=1, accumulation=1, processes=1, seed=1)
     assert plan.order(0) == plan.order(0) != plan.order(1)

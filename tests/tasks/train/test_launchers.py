@@ -60,11 +60,11 @@ class Runs:
         """The spec of a run."""
         fields = {"max_steps": STEPS, "learning_rate": 1e-2, "stage": stage} | fields
         nodes = {"nnodes": fields.pop("nnodes")} if "nnodes" in fields else {}
+        inputs = {"base": self.base, "shards": self.shards[shards or stage]}
+        inputs |= {"checkpoint": fields.pop("checkpoint")} if "checkpoint" in fields else {}
         settings = {"train": TrainSettings(**fields).identity() | nodes, "packing": False, "base_digest": "base-0"}
         runtime = {"logging_steps": 1, "save_steps": save_steps, "save_total_limit": 2, "base_name": "tiny"}
-        return write_spec(
-            self.folder / name, settings, {"base": self.base, "shards": self.shards[shards or stage]}, runtime
-        )
+        return write_spec(self.folder / name, settings, inputs, runtime)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The line of every step of a run."""
@@ -107,6 +107,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     specs += [str(made.spec("again", "sft", deepspeed="zero3", **pair))] * 2
     pair = {"nproc_per_node": 2, "gradient_accumulation_steps": 2}
     specs += [str(made.spec("short-two", "sft", shards="short", **SHORT, **pair))] * 2
+    pair["checkpoint"] = made.folder / "short-two" / "scratch" / "checkpoints" / "checkpoint-4"
+    specs.append(str(made.spec("short-given", "sft", shards="short", **SHORT, **pair)))
     several = write_spec(made.folder / "several", {"specs": specs}, {}, {})
     launch(several, "tests.tasks.train.several", processes=2, deadline=600)
     return made
@@ -164,7 +166,7 @@ def test_a_short_step_is_divided_as_one_process_does_it_and_a_run_with_it_is_res
     outputs = [runs.folder / name for name in ("short-one/output", "short-two/output", "short-two/output-before")]
     tokens = [json.loads((output / "train.json").read_text())["trained_tokens"] for output in outputs]
     assert tokens[0] == tokens[1] == tokens[2]
-    assert files(outputs[1]) == files(outputs[2])
+    assert files(outputs[1]) == files(outputs[2]) == files(runs.folder / "short-given" / "output")
     assert json.loads((outputs[1] / "report" / "resume.json").read_text()) == {"resumed_from": 4}
     steps = [e["step"] for e in read_lines(runs.folder / "short-two" / "events.jsonl") if e["kind"] == "progress"]
     assert steps == [1, 2, 3, 4, 5, 6, 5, 6]  # told once, by the first process

@@ -33,9 +33,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"loraplus_lr_ratio": 8.0},
         {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
         {"quant_bit": 4},
+        {"optim": "sgd"},
+        {"optim": "adafactor"},
+        {"optim": "adagrad"},
+        {"optim": "rmsprop"},
         {"neftune_noise_alpha": 5.0, "additional_target": ["embed_tokens"]},
     ],
-    ids=lambda fields: "-".join(fields),
+    ids=lambda fields: "-".join(fields) + f"-{fields.get('optim', '')}",
 )
 def test_a_resumed_run_has_the_bytes_of_one_never_killed(
     base: Path,

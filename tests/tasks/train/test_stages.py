@@ -16,7 +16,7 @@ from tasks.program import Events, ProgramError, Spec
 from tasks.train.program import work
 from tasks.training_estimate import MEASURED
 from tests.tasks.train.test_training import DyingEvents, Killed
-from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
+from tests.tiny import pack_rows, random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 torch.set_num_threads(1)
 ROWS = 6
@@ -41,7 +41,8 @@ def shards(folder: Path, stage: str, rows: int = ROWS) -> Path:
 def train(folder: Path, base: Path, stage: str, die_at: int = 0, **fields: Any) -> list[dict[str, Any]]:
     """Train a few steps; the line of every step."""
     inputs = {"base": base, "shards": shards(folder.parent / f"shards-{stage}", stage)}
-    inputs |= {name: fields.pop(name) for name in ("adapter", "reference") if name in fields}
+    others = ("adapter", "reference", "checkpoint", "checkpoint_weights")
+    inputs |= {name: fields.pop(name) for name in others if name in fields}
     sets = fields.pop("held_out", {})
     inputs |= {f"held_out.{number}": folder for number, folder in enumerate(sets.values())}
     runtime = {"logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "base_name": "tiny"}
@@ -143,6 +144,43 @@ def test_the_best_weights_are_kept_and_training_ends_when_nothing_gets_better(ba
     before = saved.read_bytes()
     assert train(tmp_path / "run", base, "sft", **fields) == lines
     assert saved.read_bytes() == before
+
+
+def test_a_run_resumed_behind_its_best_step_goes_on_from_the_last_and_keeps_the_best(
+    base: Path, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"held_out": {"x": shards(tmp_path / "x", "sft", 4)}, "eval_steps": 1, "max_steps": 40}
+    fields |= {"learning_rate": 0.05, "early_stopping_steps": 3, "load_best_model_at_end": True}
+    lines = train(tmp_path / "whole", base, "sft", **fields)
+    best = len(lines) - 3
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", base, "sft", die_at=best + 3, **fields)
+    again = train(tmp_path / "killed", base, "sft", **fields)
+    whole, killed = (tmp_path / name / "output" for name in ("whole", "killed"))
+    assert json.loads((killed / "report" / "resume.json").read_text())["resumed_from"] == (best + 2) // 2 * 2 > best
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+    for name in ("adapter_model.safetensors", "train.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_answers_that_are_all_good_or_all_bad_cost_half_at_the_start_and_stay_finite(
+    base: Path, tmp_path: Path, good: bool
+) -> None:
+    write_shards(tmp_path / "shards-kto", random_rows(3), "labelled", [good] * 3)
+    lines = train(tmp_path / "run", base, "kto", max_steps=4)  # steps of 2 rows and of 1
+    assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[-1]["loss"] < 0.5
+
+
+def test_a_pair_of_equal_answers_costs_ln_two_moves_nothing_and_is_not_right(base: Path, tmp_path: Path) -> None:
+    row = random_rows(1)[0]
+    write_shards(tmp_path / "shards-rm", [pack_rows([row, row])] * 2, "preference")
+    (line,) = train(tmp_path / "run", base, "rm", max_steps=1, finetuning_type="full", weight_decay=0.0)
+    assert line["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert line["rewards/accuracies"] == line["rewards/margins"] == 0.0
+    assert line["grad_norm"] == pytest.approx(0.0, abs=1e-6)
 
 
 # 6 rows in steps of 2: 3 steps an epoch; killed in the middle of the second one, behind the checkpoint of step 4

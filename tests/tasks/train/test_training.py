@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from registry.records import TrainSettings
 from tasks.program import Events, ProgramError, Spec
 from tasks.train.checkpoints import mark_whole, remove_damaged, required_files, rotate
-from tasks.train.output import check_saved_model
+from tasks.train.model import build_model
+from tasks.train.output import check_saved_adapter, check_saved_model, save_weights
 from tasks.train.processes import newest_common
 from tasks.train.program import optional_packages, work
 from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_shards, write_spec
@@ -165,6 +167,20 @@ def test_a_run_in_smaller_parts_makes_the_same_steps(inputs: dict[str, Path], tm
     assert losses(run(parts)) == pytest.approx(losses(run(whole)), rel=1e-5)
 
 
+def test_a_run_resumed_in_smaller_parts_has_the_same_rows_in_each_step(inputs: dict[str, Path], tmp_path: Path) -> None:
+    whole = run(make_spec(tmp_path / "whole", inputs))
+    path = make_spec(tmp_path / "killed", inputs, save_steps=2)
+    run(path, die_at=9)  # of 12 steps, 6 an epoch: the checkpoint is in the middle of the second
+    spec = json.loads(path.read_text())
+    spec["runtime"]["micro_batch"] = 1  # 2 x 1 becomes 1 x 2, as when memory ran out
+    path.write_text(json.dumps(spec))
+    parts = run(path)
+    assert json.loads((parts / "report" / "resume.json").read_text()) == {"resumed_from": 8}
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    lines = [read_lines(output.parent / "scratch" / "metrics.jsonl") for output in (parts, whole)]
+    assert [line["tokens"] for line in lines[0]] == [line["tokens"] for line in lines[1]]
+
+
 def test_sigterm_saves_behind_the_step_and_the_run_goes_on_from_there(inputs: dict[str, Path], tmp_path: Path) -> None:
     class Ending(Events):
         def emit(self, kind: str, **fields: Any) -> None:
@@ -274,6 +290,28 @@ def test_an_adapter_is_continued_on_its_own_base_only(inputs: dict[str, Path], t
     (first / "base.json").write_text('{"base_digest": "base-0"}')
     with pytest.raises(ProgramError, match=r"lora_rank is 4, the adapter has 8"):
         run(make_spec(tmp_path / "rank", inputs | {"adapter": first}, max_steps=1, lora_rank=4, lora_alpha=16))
+
+
+def test_an_adapter_of_which_a_part_is_lost_is_not_continued(inputs: dict[str, Path], tmp_path: Path) -> None:
+    first = run(make_spec(tmp_path / "first", inputs, max_steps=1))
+    tensors = load_file(first / "adapter_model.safetensors")
+    tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
+    save_file(tensors, first / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ProgramError, match=r"1 missing: .*layers\.0\.mlp\.up_proj\.lora_B\.weight"):
+        run(make_spec(tmp_path / "more", inputs | {"adapter": first}, max_steps=1))
+
+
+def test_an_adapter_file_that_lacks_what_was_wrapped_is_noticed(inputs: dict[str, Path], tmp_path: Path) -> None:
+    settings = TrainSettings(lora_target="q_proj").identity()
+    model = build_model(settings, str(inputs["base"]), "base-0", None)
+    save_weights(model, tmp_path)
+    assert check_saved_adapter(model, tmp_path)["saved_tensors"] == 4
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    empty = {name: torch.empty(0) for name in tensors}  # what a process that holds a part of the weights saves
+    for bad, words in (({}, "2 modules were wrapped; missing in the file: ['"), (empty, "empty: ['base_model")):
+        save_file(bad, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ProgramError, match=re.escape(words)):
+            check_saved_adapter(model, tmp_path)
 
 
 def test_a_module_name_that_matches_nothing_is_refused_with_the_names_there_are(
