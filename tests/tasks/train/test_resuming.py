@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from tasks.program import ProgramError
+from tasks.training_estimate import MEASURED
 from tests.tasks.train.test_stages import train
 from tests.tasks.train.test_training import Killed, contents
 from tests.tiny import VOCABULARY, random_rows, read_lines, tiny_model, tiny_tokenizer
@@ -51,7 +52,7 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def spoiled(kept: Path, folder: Path) -> Path:
