@@ -69,7 +69,7 @@ def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Ite
     try:
         yield url
     finally:
-        del os.environ["PREFECT_API_URL"]
+        os.environ.pop("PREFECT_API_URL", None)
         _stop(server)
 
 

@@ -170,6 +170,29 @@ def results_of(pipeline: Pipeline, artifacts: dict[str, Any]) -> dict[str, dict[
 
 
 @contextmanager
+def holding_signals() -> Iterator[None]:
+    """Within the body, SIGINT and SIGTERM wait for its end: a library makes something else of an interrupted import.
+
+    In the main thread only; elsewhere the body runs without.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        signal.raise_signal(held[0])
+
+
+@contextmanager
 def stopping(stop: threading.Event, say: Callable[[str], None]) -> Iterator[None]:
     """Within the body, SIGINT and SIGTERM ask the run to stop; a second one is obeyed at once.
 

@@ -100,7 +100,10 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
 
 def _import_prefect() -> None:
     """It takes as long as the server's start."""
-    import flows.pipeline  # noqa: F401 - for the time it takes
+    from flows.session import holding_signals
+
+    with holding_signals():
+        import flows.pipeline  # noqa: F401 - for the time it takes
 
 
 def _flow(session: Any) -> str:

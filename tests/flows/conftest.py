@@ -48,7 +48,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with prefect_api(Home(home)) as url:
         os.environ.clear()
         os.environ.update(before)  # tests say themselves which server they use
-        os.environ["PREFECT_API_URL"] = url  # the context takes it away
         yield Server(url, prefect_database(home))
     os.environ.clear()
     os.environ.update(before)

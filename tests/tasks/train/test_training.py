@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -331,30 +330,6 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(inputs: dict[str
     root = tmp_path / "scratch" / "checkpoints"
     assert newest_common(root, ALONE) == root / "checkpoint-1"
     assert not (tmp_path / "output" / "train.json").exists()
-
-
-def environment(threads: int) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PROJECT)}
-
-
-@pytest.mark.slow
-def test_a_run_ended_by_sigkill_is_resumed_to_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
-    whole = run(make_spec(tmp_path / "whole", inputs, max_steps=60))
-    spec = make_spec(tmp_path / "killed", inputs, max_steps=60, save_steps=1)
-    command = [sys.executable, "-m", "tasks.train.program", str(spec)]
-    lines = tmp_path / "killed" / "scratch" / "metrics.jsonl"
-    child = subprocess.Popen(command, cwd=tmp_path, env=environment(torch.get_num_threads()))
-    while child.poll() is None and (not lines.exists() or len(lines.read_bytes().splitlines()) < 20):
-        time.sleep(0.01)
-    child.kill()
-    assert child.wait() == -9
-    killed_at = len(lines.read_bytes().splitlines())
-    subprocess.run(command, cwd=tmp_path, env=environment(torch.get_num_threads()), check=True)
-    output = tmp_path / "killed" / "output"
-    assert contents(output) == contents(whole)
-    resumed_from = json.loads((output / "report" / "resume.json").read_text())["resumed_from"]
-    assert 18 <= killed_at - 2 <= resumed_from <= killed_at
-    assert [line["step"] for line in read_lines(lines)] == list(range(1, 61))
 
 
 def test_a_program_imports_bitsandbytes_and_deepspeed_only_for_settings_that_need_them(
