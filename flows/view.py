@@ -124,8 +124,7 @@ class LogView:
         done, total = event["step"], event["total"]
         rate = (done - first) / (now - begun)
         left = f"  ETA {duration((total - done) / rate)}" if rate > 0 else ""
-        told = "  ".join(filter(None, (numbers(event), details(event))))
-        self._write(f"{step.title:<34} {done}/{total}  {told}{left}")
+        self._write(f"{step.title:<34} {done}/{total}  {numbers(event)}{left}")  # 80 columns; MLflow has the rest
 
     def ended(self, step: Step, outcome: Outcome) -> None:
         self._write(done_line(step, outcome))

@@ -33,7 +33,7 @@ STEPS = 4
 KILLED: dict[str, Any] = {"max_steps": 20, "finetuning_type": "lora"}
 SHORT: dict[str, Any] = {"per_device_train_batch_size": 1, "num_train_epochs": 2.0, "max_steps": None, "save_steps": 2}
 RUNS = [
-    *((stage, method, launcher) for stage in ("sft", "dpo") for method in ("lora", "full")
+    *((stage, method, launcher) for stage, method in (("sft", "lora"), ("sft", "full"), ("dpo", "lora"))
       for launcher in ("ddp", "zero2", "zero3")),
     ("rm", "lora", "zero3"),
     ("kto", "full", "zero3"),
