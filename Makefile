@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test lint install lock clean help docs bench-data bench-train bench-memory
 
 help:
-	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time 8 to 11 minutes on 2 cores)"
+	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time about 9 minutes on 2 cores)"
 	@echo "make test   run the whole test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench-data   time data preparation beside TRL's (about 6 minutes; needs the oracle folder)"
