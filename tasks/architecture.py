@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from registry.lora_targets import DEFAULT_TARGETS
+from tasks.tensor_files import Tensor, read_headers
 
 LAYER = re.compile(r"\.(\d+)\.")
 HEADS = ("lm_head", "embed_out", "output")
@@ -103,12 +103,13 @@ def read_architecture(folder: Path) -> Architecture | None:
         config |= {name: config[old] for name, old in names.items()}
     if any(name not in config for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")):
         return None
-    tensors = header_shapes(folder)
+    saved = list(read_headers(folder))
+    tensors = {tensor.name: tensor.shape for tensor in saved if not BUFFERS.search(tensor.name)}
     if not tensors:
         if config.get("model_type") not in LIKE_LLAMA:
             return None
         tensors = shapes_like_llama(config)
-    return replace(describe(config, tensors), stored_bytes=_stored_bytes(folder, config))
+    return replace(describe(config, tensors), stored_bytes=_stored_bytes(next(iter(saved), None), config))
 
 
 def describe(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -135,25 +136,11 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) 
     )
 
 
-def header_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every weight in the folder's safetensors files; nothing but their headers is read."""
-    return {name: tuple(entry["shape"]) for name, entry in _headers(folder) if not BUFFERS.search(name)}
-
-
-def _headers(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and entries of the tensors in the folder's safetensors files."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        yield from ((name, entry) for name, entry in header.items() if name != "__metadata__")
-
-
-def _stored_bytes(folder: Path, config: Mapping[str, Any]) -> int:
+def _stored_bytes(first: Tensor | None, config: Mapping[str, Any]) -> int:
     """Of the first tensor, or as the config says."""
     kinds = {"F32": 4, "float32": 4, "F64": 8}  # all others take two
-    first = next((entry["dtype"] for _, entry in _headers(folder)), None)
-    return kinds.get(first or config.get("dtype") or config.get("torch_dtype") or "float32", 2)
+    saved = first.dtype if first else config.get("dtype") or config.get("torch_dtype") or "float32"
+    return kinds.get(saved, 2)
 
 
 def shapes_like_llama(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

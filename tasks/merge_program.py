@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.program import Events, ProgramError, Spec, main
-from tasks.tensor_files import FLOATS, commonest_dtype, read_tensors
+from tasks.tensor_files import FLOATS, commonest_dtype, read_headers
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def saved_dtype(folder: Path) -> str:
     Raises:
         ProgramError: `bad_setting` for other dtypes, such as those of quantised weights.
     """
-    found = commonest_dtype(read_tensors(folder)) or "no safetensors file"
+    found = commonest_dtype(read_headers(folder)) or "no safetensors file"
     if found not in FLOATS:
         raise ProgramError(
             "bad_setting",

@@ -51,18 +51,27 @@ class Tensor:
         return self.size if after == self.dtype else math.prod(self.shape) * BYTES[after]
 
 
+def read_headers(folder: Path) -> Iterator[Tensor]:
+    """Every tensor of a folder's safetensors files, file by file, as their headers name them.
+
+    Raises:
+        ValueError: a file that is none.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from _read_header(path)
+
+
 def read_tensors(folder: Path) -> list[Tensor]:
-    """Every tensor in a folder's safetensors files, by name, read from their headers.
+    """The same by name, each name once.
 
     Raises:
         ValueError: a file that is none, or a name that two files have.
     """
     found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for tensor in _read_header(path):
-            if tensor.name in found:
-                raise ValueError(f"{tensor.name} is in {found[tensor.name].file.name} and in {path.name}")
-            found[tensor.name] = tensor
+    for tensor in read_headers(folder):
+        if tensor.name in found:
+            raise ValueError(f"{tensor.name} is in {found[tensor.name].file.name} and in {tensor.file.name}")
+        found[tensor.name] = tensor
     return [found[name] for name in sorted(found)]
 
 

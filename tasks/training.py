@@ -14,6 +14,7 @@ from registry.recipe import StageSettings
 from tasks.launch import ProgramFailed, run_program
 from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
 from tasks.steps import RESUME_FILE, Input, Step, Work
+from tasks.train.given import GIVEN, GIVEN_WEIGHTS
 
 TRAIN_VERSION = 1  # first form
 MERGE_VERSION = 1  # first form
@@ -30,7 +31,6 @@ TRAINING_RUNTIME = {
     "gradient_checkpointing",
     "force_torchrun",
 }
-CHECKPOINT_INPUTS = {"exact": "checkpoint", "weights_only": "checkpoint_weights"}  # which tells the program what to do
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
@@ -66,7 +66,7 @@ def train_step(
     inputs |= {f"held_out.{number}": Input(step, SHARD_FILES) for number, step in enumerate(sets.values())}
     inputs |= {"reference": Input(reference.source, BASE_FILES)} if reference else {}
     inputs |= {"adapter": adapter} if adapter else {}
-    inputs |= {CHECKPOINT_INPUTS[settings.model.resume]: checkpoint} if checkpoint else {}
+    inputs |= {GIVEN if settings.model.resume == "exact" else GIVEN_WEIGHTS: checkpoint} if checkpoint else {}
     return Step(
         stage=settings.name,
         name="train",

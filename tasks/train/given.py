@@ -17,6 +17,7 @@ from tasks.train.checkpoints import MARKER, damage, missing_files, required_file
 STATE = "trainer_state.json"
 LINES = "metrics.jsonl"  # the line of every step so far, in our own checkpoints
 WHERE = "resume_from_checkpoint"
+GIVEN, GIVEN_WEIGHTS = "checkpoint", "checkpoint_weights"  # inputs of training, which tell the program what to take
 ADAPTER, MODEL = "adapter_model.safetensors", ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json", "adapter_config.json", "config.json", "base.json")

@@ -19,7 +19,7 @@ from registry.machine import machine_problems
 from registry.optimizers import OPTIMIZERS
 from registry.stages import METHODS, STAGES
 from tasks.program import Events, ProgramError, Spec, main
-from tasks.train.given import LINES
+from tasks.train.given import GIVEN, GIVEN_WEIGHTS, LINES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from tasks.train.trainer import TokenTrainer
 
 CHECKPOINTS = "checkpoints"
-GIVEN, GIVEN_WEIGHTS = "checkpoint", "checkpoint_weights"  # inputs, see `tasks.training.CHECKPOINT_INPUTS`
 
 
 def work(spec: Spec, events: Events) -> None:

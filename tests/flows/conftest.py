@@ -49,5 +49,3 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         os.environ.clear()
         os.environ.update(before)  # tests say themselves which server they use
         yield Server(url, prefect_database(home))
-    os.environ.clear()
-    os.environ.update(before)
