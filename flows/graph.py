@@ -98,7 +98,8 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
         reference = None
         if settings.train.ref_model is not None:
             reference = _start(settings.train.ref_model, settings, stages, recipe, home).model
-        steps = _stage(recipe, settings, start, reference, memory)
+        rewards = _rewards(settings, start, stages, home)
+        steps = _stage(recipe, settings, start, reference, rewards, memory)
         if steps.evaluated and recipe.evaluation.compare_with == "base" and STAGES[settings.train.stage].makes_text:
             alone = start.stage == BASE and from_base == 1
             label = BASE if alone else f"{start.stage}:{settings.name}"
@@ -154,8 +155,39 @@ def build_strict(pipeline: Pipeline) -> Pipeline:
     return Pipeline(pipeline.recipe, tuple(made.values()), stages, befores)
 
 
+def _rewards(settings: StageSettings, start: Start, stages: dict[str, StageSteps], home: Home) -> dict[str, Input]:
+    """What scores the answers of a stage: the adapter of a reward model, where it was trained beside the very weights
+    the stage starts from, so that both need one copy of them; else a whole model.
+
+    Raises:
+        InputError: a stage that makes no reward model, or a model that is not there.
+    """
+    named, where = settings.train.reward_model, f"stages.{settings.name}.reward_model"
+    if named is None:
+        return {}
+    if named not in stages:
+        folder = Path(named)
+        if (folder / "adapter_config.json").is_file():
+            return {"reward_adapter": Input(LocalFolder(folder))}
+        return {"reward_model": base_input(named, "main", home)[0]}
+    other = stages[named]
+    if other.settings.train.stage != "rm":
+        rule = f"stage {named} is of kind {other.settings.train.stage}, and makes no reward model"
+        raise InputError(Problem(where, rule, "Name a stage with stage: rm."))
+    methods = {settings.train.finetuning_type, other.settings.train.finetuning_type}
+    same = other.trained.inputs["base"].source == start.model.source and not other.settings.train.additional_target
+    if same and methods == {"lora"}:
+        return {"reward_adapter": Input(other.trained)}
+    return {"reward_model": Input(other.model)}
+
+
 def _stage(
-    recipe: Recipe, settings: StageSettings, start: Start, reference: Input | None, memory: DigestMemory
+    recipe: Recipe,
+    settings: StageSettings,
+    start: Start,
+    reference: Input | None,
+    rewards: dict[str, Input],
+    memory: DigestMemory,
 ) -> StageSteps:
     stage, data, train, base = settings.name, settings.data, settings.train, start.model
     label = f"{recipe.name}-{stage}"
@@ -170,7 +202,7 @@ def _stage(
         raise InputError(Problem(f"stages.{stage}.eval_steps", rule, "Set val_size or eval_dataset."))
     adapter = None if train.create_new_adapter else _adapter(settings)  # a new one: the given one is in the base
     checkpoint = _checkpoint(settings)
-    trained = train_step(label, start.name, base, tokenized, settings, reference, adapter, watched, checkpoint)
+    trained = train_step(label, start.name, base, tokenized, settings, reference, adapter, watched, checkpoint, rewards)
     adapts = METHODS[train.finetuning_type].makes == "adapter"
     model = merge_step(stage, label, base, Input(trained)) if adapts else trained
     evaluated = None
@@ -197,7 +229,8 @@ def _held_out(settings: StageSettings, fetched: Step, base: Input, memory: Diges
     parts: dict[str, tuple[Step, str]] = {}
     if data.val_size:
         parts["validation"] = (fetched, KEPT_BACK)
-    wanted = [(source, kind.shape) for source in settings.eval_sources]
+    # of prompts there is nothing to measure: the answers that their data sets have are
+    wanted = [(source, "chat" if kind.shape == "prompt" else kind.shape) for source in settings.eval_sources]
     if kind.makes_text:  # of what is compared, the likelihood of the good answers is measured
         general = "text" if kind.shape == "text" else "chat"
         wanted += [(source, general) for source in settings.perplexity_sources]

@@ -13,11 +13,14 @@ from typing import Any
 
 from registry.method_records import LoraSettings
 from registry.optimizers import OPTIMIZERS
+from registry.ppo_records import PpoSettings
 
 SET, UNSET = ("set",), ("unset",)  # instead of a tuple of values: anything but nothing, 0, False; or just those
 Condition = Mapping[str, tuple[Any, ...]]
 COMPARING = ("rm", "dpo", "kto", "orpo")
-WITH_REFERENCE = ("dpo", "kto")
+DRAWING = ("ppo",)
+WITH_REFERENCE = ("dpo", "kto", *DRAWING)
+ROWS_GIVEN = ("pt", "sft", *COMPARING)
 WHOLE_MATRICES = tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.whole_matrices)
 
 
@@ -63,6 +66,10 @@ NEEDS: tuple[Need, ...] = (
     Need(("kto_chosen_weight", "kto_rejected_weight"), {"stage": ("kto",)}),
     Need(("early_stopping_steps", "load_best_model_at_end"), {"eval_steps": SET}),
     Need(("ref_model",), {"stage": WITH_REFERENCE}),
+    Need(tuple(PpoSettings.model_fields), {"stage": DRAWING}),
+    Need(("critic_learning_rate",), {"stage": DRAWING}),
+    Need(("mask_history", "train_on_prompt", "cut_answers", "val_size"), {"stage": ROWS_GIVEN}),
+    Need(("eval_steps", "neftune_noise_alpha"), {"stage": ROWS_GIVEN}),
     Need(("deepspeed",), {"deepspeed": SET}, refused=False),
     Need(("fsdp",), {"fsdp": SET}, refused=False),
 )
@@ -147,6 +154,69 @@ REFUSALS: tuple[Refusal, ...] = (
         {"packing": (True,), "stage": COMPARING},
         "answers are compared as wholes, a packed sequence holds several",
         "Remove packing.",
+    ),
+    Refusal(
+        "packing",
+        {"packing": (True,), "stage": DRAWING},
+        "every prompt is answered on its own, a packed sequence holds several",
+        "Remove packing.",
+    ),
+    Refusal(
+        "overlong",
+        {"overlong": ("truncate",), "stage": DRAWING},
+        "a prompt that is cut behind has lost the place where its answer begins",
+        "Use overlong: drop.",
+    ),
+    Refusal(
+        "lora_dropout",
+        {"lora_dropout": SET, "stage": DRAWING},
+        "dropout would move the probabilities of a step's answers before anything is learned",
+        "Remove lora_dropout.",
+    ),
+    Refusal(
+        "loraplus_lr_ratio",
+        {"loraplus_lr_ratio": SET, "stage": DRAWING},
+        "policy and critic have one learning rate each",
+        "Remove loraplus_lr_ratio.",
+    ),
+    Refusal(
+        "pissa_init",
+        {"pissa_init": (True,), "stage": DRAWING},
+        "the reward model and the reference need the base as it was, and pissa_init takes values out of it",
+        "Remove pissa_init.",
+    ),
+    Refusal(
+        "additional_target",
+        {"additional_target": SET, "stage": DRAWING},
+        "the reference, the critic and the reward model share the base, and these modules would be the policy's alone",
+        "Remove additional_target.",
+    ),
+    *(
+        Refusal(
+            launcher,
+            {launcher: SET, "stage": DRAWING},
+            f"answers are drawn from the whole model, which {launcher} divides among processes",
+            f"Remove {launcher}; several processes share out the answers without it.",
+        )
+        for launcher in ("deepspeed", "fsdp")
+    ),
+    Refusal(
+        "resume_from_checkpoint",
+        {"resume_from_checkpoint": SET, "stage": DRAWING},
+        "a run of this stage goes on by the same command, from its own newest checkpoint only",
+        "Remove resume_from_checkpoint.",
+    ),
+    Refusal(
+        "reward_model",
+        {"stage": DRAWING, "reward_model": UNSET, "reward_funcs": UNSET},
+        "nothing says what a good answer is",
+        "Set reward_model to a stage or a model, or reward_funcs.",
+    ),
+    *(
+        Refusal("optim", {"optim": (name,), "stage": DRAWING}, reason, "Use optim: adamw_torch_fused.")
+        for name, optimizer in OPTIMIZERS.items()
+        for reason in ("this optimizer projects the gradients of whole matrices of one model; here two are trained",)
+        if optimizer.whole_matrices and not optimizer.refused
     ),
     Refusal(
         "train_on_prompt",

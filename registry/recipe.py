@@ -33,6 +33,7 @@ from registry.records import (
     RuntimeSettings,
     TrainSettings,
 )
+from registry.reward_rules import reward_problems
 from registry.stages import METHODS, STAGES
 from registry.templates import template_text
 
@@ -72,8 +73,9 @@ class StageSettings:
     """Jinja text of the chat template; None: the model's own."""
 
     def references(self) -> dict[str, str]:
-        """`model` and `ref_model` where they name something, a stage or, for the latter, any model."""
-        named = {"model": self.model.model, "ref_model": self.train.ref_model}
+        """`model`, `ref_model` and `reward_model` where they name something, a stage or, but for `model`, any model."""
+        train = self.train
+        named = {"model": self.model.model, "ref_model": train.ref_model, "reward_model": train.reward_model}
         return {key: value for key, value in named.items() if value is not None}
 
 
@@ -276,6 +278,7 @@ def _rules(
         values["zero_stage"] = zero_stage(config) if config is not None else None
         for part in parts:
             values |= part.resolved() if isinstance(part, TrainSettings) else {}
+            problems += reward_problems(part, where) if isinstance(part, TrainSettings) else []
         problems += [Problem(where(key), rule, cure) for key, rule, cure in refused(values)]
         return [Problem(where(key), rule, cure) for key, rule, cure in idle(values, written)]
     return []

@@ -16,7 +16,9 @@ from registry.combinations import without_effect
 from registry.deepspeed import deepspeed_config
 from registry.loss_records import LossSettings
 from registry.method_records import MethodSettings
+from registry.ppo_records import PpoSettings
 from registry.record import FullShard, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
+from registry.reward_rules import short_name
 
 
 class ModelSettings(Record):
@@ -134,7 +136,7 @@ class DataSettings(Record):
     """Largest share of rows that may be left out before the run ends with an error."""
 
 
-class TrainSettings(MethodSettings, LossSettings):
+class TrainSettings(MethodSettings, LossSettings, PpoSettings):
     """How the weights are moved."""
 
     stage: str = "sft"
@@ -181,16 +183,22 @@ class TrainSettings(MethodSettings, LossSettings):
         """Sequences per optimizer step of one machine: per device x accumulation x processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * (self.nproc_per_node or 1)
 
+    def resolved(self) -> dict[str, Any]:
+        """The settings that others decide when they are not given."""
+        own = {"critic_learning_rate": self.critic_learning_rate or self.learning_rate}
+        return MethodSettings.resolved(self) | PpoSettings.resolved(self) | own
+
     def identity(self) -> dict[str, Any]:
         """The settings that change the weights: derived values filled in, those without effect left out.
 
         The number of processes is 1 unless it is set: who knows the devices sets it first (`flows.graph`).
         """
         # which models these mean is said by the step's inputs, whatever they are called
-        inputs = {"ref_model", "create_new_adapter"}
+        inputs = {"ref_model", "create_new_adapter", "reward_model"}
         fields = self.model_dump(mode="json", exclude=inputs | {"use_qlora"}) | self.resolved()
         fields["nproc_per_node"] = self.nproc_per_node or 1
         fields["deepspeed"] = deepspeed_config(self.deepspeed) if self.deepspeed else None
+        fields["reward_funcs"] = [short_name(name) for name in self.reward_funcs]
         for name in without_effect(fields):
             fields.pop(name)
         return fields
@@ -220,6 +228,8 @@ class RuntimeSettings(Record):
     """Processes that prepare data; nothing means one per core."""
     logging_steps: Steps = 1
     """Optimizer steps between two points of the loss curve."""
+    sample_steps: Steps = 10
+    """Steps between two tables of drawn answers, in a stage that draws some."""
     save_steps: Steps = 50
     """Optimizer steps between two checkpoints."""
     save_total_limit: Steps = 2

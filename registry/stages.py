@@ -42,6 +42,10 @@ STAGES: Registry[Stage] = Registry(
         ),
         ("dpo", Stage("preference", "Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290).")),
         ("kto", Stage("labelled", "Learning from answers marked as good or bad (Ethayarajh 2024, arXiv:2402.01306).")),
+        (
+            "ppo",
+            Stage("prompt", "Proximal policy optimisation of drawn answers (Schulman et al. 2017, arXiv:1707.06347)."),
+        ),
         ("orpo", Stage("preference", "Odds ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691).")),
     ],
 )

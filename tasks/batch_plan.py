@@ -60,6 +60,14 @@ class BatchPlan:
         """The rows of one epoch in the order they are trained on."""
         return [int(row) for row in numpy.random.default_rng([self.seed, epoch]).permutation(self.rows)]
 
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of a step, counted from 1, in their order.
+
+        Five rows, 2 in a step, order 3 0 4 1 2: step 3 has `[2]`, step 4 begins the next epoch.
+        """
+        epoch, number = divmod(step - 1, self.steps_per_epoch())
+        return self.order(epoch)[number * self.global_batch() : (number + 1) * self.global_batch()]
+
     def micro_batches(self, epoch: int, process: int) -> Iterator[list[int]]:
         """The rows of each forward pass of one process.
 

@@ -35,7 +35,7 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "prompt": {"prompt": MESSAGES, "tools": pa.string(), "reference": pa.string()},
 }
 """Columns of the five shapes; the stages that take them are in `registry.stages`."""
-MARKS = {"preference": "margin", "labelled": "label"}
+MARKS = {"preference": "margin", "labelled": "label", "prompt": "reference"}
 """Shape → the column that says what else is known of a row's texts; it goes with them to training."""
 
 

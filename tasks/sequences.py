@@ -26,7 +26,13 @@ SHARD_FIELDS = [
     *(("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))),
     *(("row", pa.int64()), ("line", pa.int32())),
 ]
-DATASETS_TYPES = {pa.int32(): "int32", pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool"}
+DATASETS_TYPES = {
+    pa.int32(): "int32",
+    pa.int64(): "int64",
+    pa.float64(): "float64",
+    pa.bool_(): "bool",
+    pa.string(): "string",
+}
 INDEX_SCHEMA = pa.schema(
     [("rows", pa.list_(pa.int64())), ("starts", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32()))]
 )
@@ -84,7 +90,7 @@ class TokenizedRows:
         return numpy.concatenate([numpy.zeros(0, numpy.int64), *sizes])
 
     def mark(self, row: int) -> Any:
-        """What else is known of a row: the margin of its pair or whether its answer is good; None: nothing."""
+        """What else is known of a row: the margin of its pair, whether its answer is good, the answer to its prompt."""
         number = int(numpy.searchsorted(self.first, row, side="right")) - 1
         marks = self.shards[number].marks
         return marks[int(row - self.first[number])].as_py() if marks is not None else None

@@ -95,6 +95,8 @@ class RowFitter:
     cut_answers: bool
     end: int | None
     """Id put behind every document of plain text; None for conversations."""
+    trains: bool = True
+    """Whether a row has to have something that is trained; a prompt has not."""
 
     @classmethod
     def make(cls, identity: dict[str, Any], base: Path, meta: dict[str, Any], library: str) -> RowFitter:
@@ -112,7 +114,7 @@ class RowFitter:
         encoder = TextEncoder(base, frozenset(meta["control_tokens"]), library)
         end = _end_of_text(encoder, base) if meta["shape"] == "text" else None
         cut = bool(identity.get("cut_answers"))
-        return cls(encoder, identity["cutoff_len"], identity["overlong"], cut, end)
+        return cls(encoder, identity["cutoff_len"], identity["overlong"], cut, end, meta["shape"] != "prompt")
 
     def fit(self, texts: list[Text]) -> tuple[TokenBatch, numpy.ndarray[Any, Any], list[BadRow | None]]:
         """Tokens, tokens before cutting, and for each text why it is left out (its tokens are then not to be used)."""
@@ -127,7 +129,7 @@ class RowFitter:
         else:
             for number in numpy.flatnonzero(too_long).tolist():
                 refused[number] = BadRow(TOO_LONG, f"{full[number]} tokens, cutoff_len is {self.cutoff_len}")
-        for number in numpy.flatnonzero(batch.trained_tokens() == 0).tolist():
+        for number in numpy.flatnonzero((batch.trained_tokens() == 0) & self.trains).tolist():
             what = "answer" if self.cut_answers else "whole answer"
             rule = f"no token of {'an' if self.cut_answers else 'a'} {what} is left within cutoff_len {self.cutoff_len}"
             refused[number] = refused[number] or BadRow(NOT_TRAINED, rule)

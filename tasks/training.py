@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from registry.combinations import DRAWING
 from registry.recipe import StageSettings
+from registry.reward_rules import code_file, is_code, short_name
+from tasks.digests import sha256_file
 from tasks.launch import ProgramFailed, run_program
 from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
 from tasks.steps import RESUME_FILE, Input, Step, Work
@@ -18,6 +21,9 @@ from tasks.train.given import GIVEN, GIVEN_WEIGHTS
 
 TRAIN_VERSION = 1  # first form
 MERGE_VERSION = 1  # first form
+PROGRAMS = dict.fromkeys(DRAWING, "tasks.train.ppo.program")
+"""Stage → its program, where that is not the one that trains on given rows."""
+REWARD_FILES = ("*.safetensors", "*.json")
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "vocab*", "merges*", "tokenizer*")
 TOO_LITTLE_MEMORY = (
     "One sequence at a time is too much for this memory. Lower cutoff_len or lora_rank, train fewer weights "
@@ -30,6 +36,7 @@ TRAINING_RUNTIME = {
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "force_torchrun",
+    "sample_steps",
 }
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
@@ -44,6 +51,7 @@ def train_step(
     adapter: Input | None = None,
     held_out: Mapping[str, Step] | None = None,
     checkpoint: Input | None = None,
+    rewards: Mapping[str, Input] | None = None,
 ) -> Step:
     """The step that trains.
 
@@ -59,6 +67,7 @@ def train_step(
         adapter: a LoRA adapter to continue from.
         held_out: data set name → tokenize step of what is measured while training.
         checkpoint: of an earlier run, to go on from as `resume` of the settings says.
+        rewards: `reward_model` or `reward_adapter`, which scores drawn answers.
     """
     nodes = nodes_of_environment()
     inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
@@ -67,6 +76,8 @@ def train_step(
     inputs |= {"reference": Input(reference.source, BASE_FILES)} if reference else {}
     inputs |= {"adapter": adapter} if adapter else {}
     inputs |= {GIVEN if settings.model.resume == "exact" else GIVEN_WEIGHTS: checkpoint} if checkpoint else {}
+    inputs |= {name: Input(found.source, REWARD_FILES) for name, found in (rewards or {}).items()}
+    code = {short_name(name): code_file(name, "reward_funcs") for name in settings.train.reward_funcs if is_code(name)}
     return Step(
         stage=settings.name,
         name="train",
@@ -78,10 +89,13 @@ def train_step(
             "template": settings.template,
         }
         # how far positions are stretched
-        | ({"cutoff_len": settings.data.cutoff_len} if settings.train.rope_scaling else {}),
+        | ({"cutoff_len": settings.data.cutoff_len} if settings.train.rope_scaling else {})
+        | ({"reward_code": {name: sha256_file(file) for name, file in code.items()}} if code else {}),
         inputs=inputs,
         run="tasks.training:train",
-        runtime=settings.runtime.model_dump(include=TRAINING_RUNTIME) | {"base_name": base_name, "sets": list(sets)},
+        runtime=settings.runtime.model_dump(include=TRAINING_RUNTIME)
+        | {"base_name": base_name, "sets": list(sets)}
+        | ({"reward_files": {name: str(file) for name, file in code.items()}} if code else {}),
         heavy=True,
     )
 
@@ -103,9 +117,8 @@ def train(work: Work) -> dict[str, Any]:
         spec.runtime["micro_batch"] = size
         try:
             processes, nodes = settings["nproc_per_node"], nodes_for(settings, work.step.runtime["force_torchrun"])
-            run_program(
-                "tasks.train.program", spec, work.folder, work.emit, work.stop, processes=processes, nodes=nodes
-            )
+            program = PROGRAMS.get(settings["stage"], "tasks.train.program")
+            run_program(program, spec, work.folder, work.emit, work.stop, processes=processes, nodes=nodes)
             break
         except ProgramFailed as error:
             if error.kind != "out_of_memory":

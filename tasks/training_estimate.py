@@ -20,7 +20,10 @@ from tasks.estimate import GIB, LargestBatch, Memory, estimate_memory
 from tasks.sequences import IGNORED, TokenizedSequences
 
 MEMORY_FILE = "report/memory.json"  # of a train artifact: what was estimated and what was measured
-MEASURED = ("tokens_per_second", "trained_tokens_per_second", "samples_per_second", "peak_memory_gib", "mfu")
+MEASURED = (
+    *("tokens_per_second", "trained_tokens_per_second", "samples_per_second", "peak_memory_gib", "mfu"),
+    *("rollout_tokens_per_second", "update_tokens_per_second"),
+)
 """Of a step's line: what another machine, or the next time, has otherwise."""
 LOOKED_AT = 64  # of the longest sequences: the most trained one of them stands for the largest batch
 

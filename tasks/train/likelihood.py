@@ -1,7 +1,7 @@
 """What a language model gives to the tokens of a batch: log-likelihoods of the trained ones.
 
-One decision: logits are made of the trained positions only, (n, v) instead of (b, s, v). With half of the labels trained
-that is half of the memory and time of the output head, the largest matrix product of a small model.
+One decision: logits are made of the trained positions only, (n, v) instead of (b, s, v). With half of the labels
+trained that is half of the memory and time of the output head, the largest matrix product of a small model.
 
 Legend: b rows, s sequence, n trained positions, v vocabulary.
 """

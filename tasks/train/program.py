@@ -44,7 +44,7 @@ def work(spec: Spec, events: Events) -> None:
     METHODS.lookup(settings["finetuning_type"], "finetuning_type")
     events.emit("note", text="loading libraries")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
-    _determinism(settings["seed"])
+    make_deterministic(settings["seed"])
     import tasks.train.held_out  # noqa: F401 - with all that it loads, before memory is looked at
     from tasks.train.batches import Rows
     from tasks.train.measure import resident_bytes
@@ -71,7 +71,7 @@ def work(spec: Spec, events: Events) -> None:
     rows = Rows(spec.inputs["shards"], model.get_input_embeddings().num_embeddings, pieces)
     if spec.settings["packing"]:
         require_separation(model, settings)
-    plan = _plan(settings, len(rows), spec.runtime.get("micro_batch", settings["per_device_train_batch_size"]))
+    plan = make_plan(settings, len(rows), spec.runtime.get("micro_batch", settings["per_device_train_batch_size"]))
     total = plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
     use_cache = model.config.use_cache
     trainer = _trainer(spec, model, rows, plan, total, changes)
@@ -160,7 +160,8 @@ def warmup_steps(total: int, ratio: float) -> int:
     return math.ceil(total * ratio)
 
 
-def _determinism(seed: int) -> None:
+def make_deterministic(seed: int) -> None:
+    """Seed everything, and use deterministic kernels."""
     import torch
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
@@ -172,15 +173,25 @@ def _determinism(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _plan(settings: dict[str, Any], rows: int, micro_batch: int) -> BatchPlan:
-    """The batch arithmetic; a smaller micro-batch than asked for, where memory ran out, makes more of them."""
+def make_plan(settings: dict[str, Any], rows: int, micro_batch: int, batches: int = 1) -> BatchPlan:
+    """The batch arithmetic; a smaller micro-batch than asked for, where memory ran out, makes more of them.
+
+    Args:
+        settings: `TrainSettings.identity()`.
+        rows: sequences in the shards.
+        micro_batch: sequences of one forward pass.
+        batches: mini-batches in a step.
+    """
     from tasks.batch_plan import BatchPlan
     from tasks.train.processes import count_processes
 
     return BatchPlan(
         rows=rows,
         per_device=micro_batch,
-        accumulation=settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // micro_batch,
+        accumulation=settings["gradient_accumulation_steps"]
+        * settings["per_device_train_batch_size"]
+        // micro_batch
+        * batches,
         processes=count_processes(settings),
         seed=settings["seed"],
     )

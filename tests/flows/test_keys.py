@@ -14,6 +14,7 @@ from registry.deepspeed import FOLDER as DEEPSPEED
 from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
+from registry.ppo_records import PpoSettings
 from registry.records import DataSettings, EvaluationSettings, ModelSettings, RuntimeSettings, TrainSettings
 from tasks.artifacts import select
 from tasks.devices import cuda_devices
@@ -66,6 +67,28 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "kto_chosen_weight": (2.0, TRAINED),
         "kto_rejected_weight": (2.0, TRAINED),
         "ref_model": ("FOLDER/other_model", TRAINED),
+        "max_new_tokens": (5, TRAINED),
+        "temperature": (0.7, TRAINED),
+        "top_p": (0.9, TRAINED),
+        "top_k": (50, TRAINED),
+        "rollout_batch_size": (2, TRAINED),
+        "reward_model": ("FOLDER/other_model", TRAINED),
+        "reward_funcs": (["stopped"], TRAINED),
+        "reward_weights": ([-1.0], TRAINED),
+        "missing_eos_penalty": (1.0, TRAINED),
+        "score_clip": (5.0, TRAINED),
+        "ppo_score_norm": (True, TRAINED),
+        "ppo_whiten_rewards": (True, TRAINED),
+        "ppo_buffer_size": (2, TRAINED),
+        "ppo_epochs": (1, TRAINED),
+        "kl_coef": (0.1, TRAINED),
+        "ppo_target": (6.0, TRAINED),
+        "target_kl": (0.1, TRAINED),
+        "cliprange": (0.1, TRAINED),
+        "cliprange_value": (0.1, TRAINED),
+        "gamma": (0.9, TRAINED),
+        "lam": (0.9, TRAINED),
+        "critic_learning_rate": (1e-3, TRAINED),
         "finetuning_type": ("full", {"train", "merge"}),
         "lora_rank": (5, TRAINED),
         "lora_alpha": (7, TRAINED),
@@ -123,6 +146,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "preprocessing_num_workers": (7, NOTHING),
         "per_device_eval_batch_size": (7, NOTHING),
         "gradient_checkpointing": (True, NOTHING),
+        "sample_steps": (7, NOTHING),
     },
 }
 FREEZING = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
@@ -131,6 +155,13 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{key: {"stage": "dpo"} for key in ("pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "ref_model")},
     **{key: {"eval_steps": 3} for key in ("early_stopping_steps", "load_best_model_at_end")},
     "simpo_gamma": {"stage": "dpo", "pref_loss": "simpo"},
+    **{
+        key: {"stage": "ppo", "reward_funcs": ["length"]}
+        for key in (*PpoSettings.model_fields,)
+        if key not in ("reward_model", "reward_funcs")
+    },
+    "reward_funcs": {"stage": "ppo", "reward_model": "FOLDER/model"},
+    "reward_model": {"stage": "ppo", "reward_funcs": ["length"]},
     **{key: {"stage": "kto"} for key in ("kto_chosen_weight", "kto_rejected_weight")},
     "resume": {"resume_from_checkpoint": "FOLDER/checkpoint"},
     "create_new_adapter": {"adapter_name_or_path": "FOLDER/adapter"},
@@ -210,14 +241,15 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 84
+    assert len(CASES) == 107
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
 def test_a_field_changes_these_keys_and_no_others(
     folder: Path, record: type, name: str, value: Any, kinds: set[str]
 ) -> None:
-    beside = {key: placed(given, folder) for key, given in BESIDE.get(name, {}).items()}
+    needed = {} if record is EvaluationSettings else BESIDE.get(name, {})
+    beside = {key: placed(given, folder) for key, given in needed.items()}
     setting = beside | {name: placed(value, folder)}
     after = identities(folder, evaluation=setting) if record is EvaluationSettings else identities(folder, setting)
     assert changed(identities(folder, beside), after) == kinds

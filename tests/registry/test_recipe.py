@@ -47,7 +47,7 @@ def test_all_errors_of_a_recipe_come_at_once_each_with_its_place(data: Path) -> 
     raw["stages"]["sft"]["dataset"] = "assistnt"
     text = problems(raw)
     assert "6 problems" in text
-    assert "stages.sft.lerning_rate: unknown key. Did you mean learning_rate?" in text
+    assert "stages.sft.lerning_rate: unknown key. Did you mean learning_rate or critic_learning_rate?" in text
     assert "stages.sft.max_steps: 0 should be greater than or equal to 1" in text
     assert "stages.sft.lora_rank: 'x' should be a valid integer" in text
     assert (
@@ -100,7 +100,9 @@ def test_overrides_are_typed_as_in_the_file(data: Path) -> None:
 def test_an_override_that_leads_nowhere_is_refused(data: Path) -> None:
     assert "no stage 'sff'. Did you mean sft?" in problems(recipe(data), ["stages.sff.seed=1"])
     assert "key=value" in problems(recipe(data), ["seed"])
-    assert "unknown key. Did you mean learning_rate?" in problems(recipe(data), ["stages.sft.learning_rat=1"])
+    assert "unknown key. Did you mean learning_rate or critic_learning_rate?" in problems(
+        recipe(data), ["stages.sft.learning_rat=1"]
+    )
 
 
 def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_every_field_says_what_it_is() -> None:
     documented = {name: record.model_fields[name].description for name, record in FIELDS.items()}
     documented |= {name: field.description for name, field in EvaluationSettings.model_fields.items()}
     assert [name for name, text in documented.items() if not text] == []
-    assert len(documented) == 85
+    assert len(documented) == 107
 
 
 def test_derived_values_are_filled_in_and_settings_without_effect_left_out() -> None:

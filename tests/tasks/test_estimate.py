@@ -12,8 +12,8 @@ from registry.records import TrainSettings
 from tasks.architecture import Architecture, describe, shapes_like_llama
 from tasks.estimate import LargestBatch, estimate_memory, kept_and_passing, step_flops, trained_weights
 from tasks.train.batches import collate
-from tasks.train.lora import add_lora
 from tasks.train.likelihood import token_loss
+from tasks.train.lora import add_lora
 from tests.tasks.test_architecture import SMOLLM2_135M
 
 SMALL: dict[str, Any] = {

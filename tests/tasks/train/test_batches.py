@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 from tasks.batch_plan import FILLER, BatchPlan
 from tasks.program import ProgramError
 from tasks.train.batches import MicroBatchSampler, Rows, collate, filler, make_loader
-from tasks.train.model import require_separation
 from tasks.train.likelihood import keeps_masked_positions, token_loss
+from tasks.train.model import require_separation
 from tests.tiny import pack_rows, random_rows, tiny_model, write_shards
 
 torch.set_num_threads(1)  # on matrices this small two threads mostly wait for each other

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def progress(folder: Path) -> int:
     return max((event["step"] for event in events if event["kind"] == "progress"), default=0)
 
 
-def killed(folder: Path, step: int, delay: float, **arguments: Any) -> None:
+def killed(folder: Path, step: int, delay: float, run: Callable[..., Any], **arguments: Any) -> None:
     """Train in a fork and kill it some moments after a step."""
     child = os.fork()
     if not child:
         try:
-            train(folder, **arguments)
+            run(folder, **arguments)
         except BaseException:  # noqa: BLE001 - whatever it is, a fork must not go on with its parent's tests
             traceback.print_exc(file=sys.stderr)
         finally:
@@ -77,7 +78,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_on
     (tmp_path / "killed").mkdir()
     chance = random.Random(f"{stage} {method}")
     for step in sorted(chance.sample(range(1, STEPS - 6), KILLS)):
-        killed(tmp_path / "killed", step, chance.uniform(0.0, 0.05), **fields)
+        killed(tmp_path / "killed", step, chance.uniform(0.0, 0.05), train, **fields)
     again = train(tmp_path / "killed", **fields)
     assert unmeasured(again) == unmeasured(lines)
     whole, other = (tmp_path / name / "output" for name in ("whole", "killed"))

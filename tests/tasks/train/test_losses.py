@@ -12,8 +12,8 @@ from torch import tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.train.compared import collate_pairs, with_answer_of
-from tasks.train.losses import PAIR_LOSSES, Pairs, bradley_terry, kto, log_odds, odds_ratio, sigmoid
 from tasks.train.likelihood import sequence_logps
+from tasks.train.losses import PAIR_LOSSES, Pairs, bradley_terry, kto, log_odds, odds_ratio, sigmoid
 from tasks.train.objectives import PairPreference
 from tasks.train.reference import Reference
 from tasks.train.reward import answer_scores

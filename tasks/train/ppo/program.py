@@ -1,0 +1,180 @@
+"""The program of stage ppo: reads a spec, makes the steps that are not made yet, writes the artifact.
+
+One decision: it is a loop of its own, without transformers' Trainer: what is a step there, one batch and one loss, is
+here drawing, scoring and many updates of two models.
+
+Run as `python -m tasks.train.ppo.program SPEC.json`, or on several processes with `torchrun`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.reward_rules import is_code
+from tasks.program import OPTIONAL, Events, Spec, main
+from tasks.train.program import CHECKPOINTS, make_deterministic, make_plan, optional_packages, require_cuda_for
+
+if TYPE_CHECKING:
+    from tasks.train.ppo.loop import Loop, Processes, Words
+    from tasks.train.ppo.roles import Roles
+    from tasks.train.ppo.update import Moved
+
+
+def work(spec: Spec, events: Events) -> None:
+    """Train what the spec says.
+
+    Raises:
+        ProgramError: `bad_setting` for what cannot be trained, `not_finite` for a run that fell apart, `killed` when it
+            was asked to end early.
+    """
+    settings = spec.settings["train"]
+    events.emit("note", text="loading libraries")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
+    make_deterministic(settings["seed"])
+    from tasks.train.model import position_changes
+    from tasks.train.ppo.journal import Journal
+    from tasks.train.ppo.roles import make_roles
+
+    require_cuda_for(settings)
+    make, keywords = _optimizer(settings)  # first: its arguments make accelerate forget an accelerator
+    ranks = _processes(settings)
+    events.emit("note", text="loading models")
+    changes = position_changes(settings, spec.inputs["base"], spec.settings.get("cutoff_len"))
+    roles = make_roles(spec, changes)
+    record = {"base_digest": spec.settings["base_digest"]} | ({"config": changes} if changes else {})
+    moved = _moved(settings, roles, lambda groups: make(groups, **keywords))
+    loop = _loop(spec, roles, moved, ranks)
+    total = loop.plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
+    for sentence in (roles.sentence(), f"{loop.plan.sentence(total)}; {_sizes(settings, ranks.count)}"):
+        if ranks.index == 0:
+            print(sentence, flush=True)
+        events.emit("note", text=sentence)
+    journal = Journal(spec, events, ranks, Path(spec.scratch) / CHECKPOINTS, moved, total, record)
+    loop.numbers = journal.resume(loop.numbers)
+    rate = _schedule(settings, total)
+    while loop.numbers.step < total:
+        factor = rate(loop.numbers.step)
+        _set_rates(settings, moved, factor)
+        metrics, experience = loop.step()
+        journal.add(loop, metrics, experience, settings["learning_rate"] * factor)
+        journal.keep(loop.numbers)
+    if ranks.accelerator.is_local_main_process:
+        journal.write(roles, loop)
+
+
+def _sizes(settings: dict[str, Any], processes: int) -> str:
+    size = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
+    return f"{settings['ppo_epochs']} passes over a step's answers in mini-batches of {size}"
+
+
+def _processes(settings: dict[str, Any]) -> Processes:
+    """The processes of this run, joined."""
+    import torch
+    from accelerate import Accelerator
+
+    from tasks.train.ppo.loop import Processes
+    from tasks.train.processes import count_processes
+
+    count_processes(settings)
+    cpu = not torch.cuda.is_available()
+    if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return Processes(Accelerator(mixed_precision="bf16" if settings["bf16"] else "no", cpu=cpu))
+
+
+def _moved(settings: dict[str, Any], roles: Roles, make: Callable[[list[dict[str, Any]]], Any]) -> dict[str, Moved]:
+    """What is trained, and by what; matrices decay, norms and biases do not."""
+    from tasks.train.ppo.update import Moved
+
+    own = {name: value for name, value in roles.policy.named_parameters() if value.requires_grad}
+    moved = {}
+    for role, parameters in (("policy", own), ("critic", roles.critic.parameters())):
+        kinds = ([p for p in parameters.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        decays = (settings["weight_decay"], 0.0)
+        groups = [{"params": some, "weight_decay": decay} for some, decay in zip(kinds, decays, strict=True) if some]
+        moved[role] = Moved(parameters, make(groups))
+    return moved
+
+
+def _loop(spec: Spec, roles: Roles, moved: dict[str, Moved], ranks: Processes) -> Loop:
+    from tasks.train.batches import Rows
+    from tasks.train.ppo.loop import Loop
+    from tasks.train.ppo.sources import find_sources
+    from tasks.train.ppo.state import Numbers
+    from tasks.train.ppo.update import Update
+
+    settings = spec.settings["train"]
+    rows = Rows(spec.inputs["shards"], roles.policy.get_input_embeddings().num_embeddings)
+    micro_batch = spec.runtime.get("micro_batch", settings["per_device_train_batch_size"])
+    plan = make_plan(settings, len(rows), micro_batch, settings["ppo_buffer_size"])
+    if spec.runtime.get("gradient_checkpointing", False):
+        for model in {id(m): m for m in (roles.policy, roles.critic.model)}.values():
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    update = Update(roles, moved, settings, micro_batch, ranks)
+    sources = find_sources(settings, spec.runtime.get("reward_files", {}))
+    numbers = Numbers(kl_coef=settings["kl_coef"])
+    return Loop(roles, rows, plan, _words(spec), sources, update, ranks, settings, numbers)
+
+
+def _words(spec: Spec) -> Words:
+    """Tokenizer and terminators, those of the template among them."""
+    from tasks.answers import stop_ids
+    from tasks.template import ChatTemplate
+    from tasks.tokens import load_tokenizer
+    from tasks.train.ppo.loop import Words
+
+    folder = Path(spec.inputs["base"])
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate.from_folder(folder, spec.settings["template"], {}, None)
+    stops = stop_ids(folder, tokenizer, template.terminator)
+    return Words(tokenizer, stops, pad=min(stops, default=0))
+
+
+def _optimizer(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of the optimizer that the settings name, and its keywords."""
+    from transformers import Trainer, TrainingArguments
+
+    found: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(
+        TrainingArguments(optim=settings["optim"], learning_rate=settings["learning_rate"], report_to="none")
+    )
+    return found
+
+
+def _schedule(settings: dict[str, Any], total: int) -> Any:
+    """Steps made → factor of the learning rates."""
+    import torch
+    from transformers import get_scheduler
+
+    from tasks.train.program import warmup_steps
+
+    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = warmup_steps(total, settings.get("warmup_ratio", 0.0))
+    return get_scheduler(settings["lr_scheduler_type"], nothing, warmup, total).lr_lambdas[0]
+
+
+def _set_rates(settings: dict[str, Any], moved: dict[str, Moved], factor: float) -> None:
+    for role, name in (("policy", "learning_rate"), ("critic", "critic_learning_rate")):
+        for group in moved[role].optimizer.param_groups:
+            group["lr"] = settings[name] * factor
+
+
+def _work_and_part(spec: Spec, events: Events) -> None:
+    """Train, then take leave of the other processes."""
+    work(spec, events)
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def needed_packages(spec: Spec) -> set[str]:
+    """Which of `tasks.program.OPTIONAL` it needs: what training does, and all of them for code of the user's."""
+    own = any(is_code(name) for name in spec.settings["train"]["reward_funcs"])
+    return set(OPTIONAL) if own else optional_packages(spec)
+
+
+if __name__ == "__main__":
+    main(_work_and_part, needed_packages)

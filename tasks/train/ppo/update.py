@@ -1,0 +1,246 @@
+"""Learning from the answers of a step: clipped losses, mini-batches, epochs.
+
+One decision: a loss is summed over the tokens of a micro-batch and divided by those of the whole mini-batch, over all
+processes, before it is differentiated. So a mini-batch gives one gradient however it is split.
+
+Legend: k real tokens of a micro-batch.
+
+Sources: Schulman et al. 2017, arXiv:1707.06347, eq. 7; clipped values: Huang et al. 2022, "The 37 implementation
+details of proximal policy optimization", detail 9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from tasks.program import ProgramError
+from tasks.train.ppo.experience import Experience
+from tasks.train.ppo.roles import Roles
+from tasks.train.ppo.rollout import Sampling
+from tasks.train.ppo.scoring import drawn_from, make_inputs, token_logps
+
+FIRST_RATIO = 1e-3  # of log-probabilities that are asked for twice; here they are equal, other kernels may round
+BIGGEST = 20.0  # of a log ratio whose exponential is taken
+
+
+class Ranks(Protocol):
+    """What the processes of a run do together."""
+
+    index: int
+    count: int
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, on each."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Of this run's precision."""
+
+
+@dataclass
+class Moved:
+    """What is trained of a role, and what moves it."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+def policy_loss(logps: Tensor, before: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """−min(ρ A, clip(ρ, 1 ± ε) A) of every token, and whether the clipped part is the smaller one.
+
+    log ρ 0.5 and −0.5, A 1, ε 0.2: losses −1.2 and −0.606531; the first one is clipped.
+
+    Args:
+        logps: [k] of the policy now.
+        before: [k] of the policy that drew the tokens.
+        advantages: [k].
+        cliprange: ε.
+
+    Returns:
+        [k] float32, [k] bool.
+    """
+    ratio = (logps - before).clamp(-BIGGEST, BIGGEST).exp()
+    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.maximum(free, clipped), clipped > free
+
+
+def value_loss(values: Tensor, before: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """½ max((V − R)², (V_clipped − R)²) of every token, V_clipped at most ε from what it was.
+
+    V 1, before 0, R 2, ε 0.2: ½ max(1, 3.24) = 1.62, the clipped part.
+
+    Args:
+        values: [k] of the critic now.
+        before: [k] of the critic when the tokens were drawn.
+        returns: [k].
+        cliprange: ε.
+
+    Returns:
+        [k] float32, [k] bool.
+    """
+    clipped = before + (values - before).clamp(-cliprange, cliprange)
+    free, bound = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * torch.maximum(free, bound), bound > free
+
+
+def mini_batches(lengths: list[int], size: int, epoch: int, order: tuple[int, int]) -> Iterator[list[int]]:
+    """The answers of each mini-batch of an epoch; in the first epoch in the order of the step.
+
+    Args:
+        lengths: tokens of each prompt and answer; those of one mini-batch are sorted by them, so that its micro-batches
+            have few pads.
+        size: answers of a mini-batch, over all processes.
+        epoch: from 0.
+        order: seed and step.
+    """
+    count = len(lengths)
+    chosen = numpy.arange(count) if epoch == 0 else numpy.random.default_rng([*order, epoch]).permutation(count)
+    for start in range(0, count, size):
+        yield sorted((int(index) for index in chosen[start : start + size]), key=lambda index: (lengths[index], index))
+
+
+def micro_batches(batch: list[int], size: int, index: int, count: int) -> list[list[int]]:
+    """Those of a mini-batch that process `index` of `count` does, `size` answers each.
+
+    >>> micro_batches([4, 5, 6, 7, 8], 2, 0, 2)
+    [[4, 5], [8]]
+    """
+    return [batch[start : start + size] for start in range(index * size, len(batch), count * size)]
+
+
+class Update:
+    """Trains policy and critic on the answers of a step.
+
+    Args:
+        roles: who is trained.
+        moved: `policy` and `critic`.
+        settings: `TrainSettings.identity()`.
+        micro_batch: answers of one forward pass.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self, roles: Roles, moved: dict[str, Moved], settings: dict[str, Any], micro_batch: int, ranks: Ranks
+    ) -> None:
+        self.roles, self.moved, self.settings, self.ranks = roles, moved, settings, ranks
+        self.micro_batch = micro_batch
+        self.size = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * ranks.count
+        self.sampling = Sampling(settings["temperature"], settings["top_k"], settings["top_p"])
+
+    def __call__(self, experience: Experience, step: int) -> dict[str, float]:
+        """Make the updates of a step; means of what they were.
+
+        Raises:
+            ProgramError: `unexpected` when the policy of the first mini-batch is not the one that drew the answers,
+                `not_finite` for a gradient that is no number.
+        """
+        lengths = [len(item) for item in experience.answers]
+        found: list[dict[str, float]] = []
+        for epoch in range(self.settings["ppo_epochs"]):
+            for batch in mini_batches(lengths, self.size, epoch, (self.settings["seed"], step)):
+                metrics, enough = self._mini_batch(experience, batch, step, first=not found)
+                found.append(metrics)
+                if enough:
+                    return self._means(found, stopped=True)
+        return self._means(found, stopped=False)
+
+    def _means(self, found: list[dict[str, float]], stopped: bool) -> dict[str, float]:
+        names = {name for metrics in found for name in metrics}
+        having = {name: [metrics[name] for metrics in found if name in metrics] for name in sorted(names)}
+        means = {name: math.fsum(values) / len(values) for name, values in having.items()}
+        return means | {"updates": len(found) - stopped, "first_ratio": found[0]["ratio"]}
+
+    def _mini_batch(
+        self, experience: Experience, batch: list[int], step: int, first: bool
+    ) -> tuple[dict[str, float], bool]:
+        """One update of policy and critic; and whether the policy has gone far enough for this step."""
+        tokens = int(experience.mask[batch].sum())
+        mine = micro_batches(batch, self.micro_batch, self.ranks.index, self.ranks.count)
+        metrics = self._policy(experience, mine, tokens)
+        error = metrics.pop("first_error")
+        if first and error > FIRST_RATIO:
+            raise ProgramError(
+                "unexpected",
+                f"step {step}: before its first update the policy gives answers a log-probability that differs by "
+                f"{error:.3g} from the one they were drawn with. Please report it.",
+            )
+        limit = self.settings.get("target_kl")
+        if limit is not None and metrics["approx_kl"] > limit and not first:
+            for parameter in self.moved["policy"].parameters.values():
+                parameter.grad = None
+            return {name: metrics[name] for name in ("approx_kl", "ratio")}, True
+        metrics["grad_norm"] = self._move("policy", step)
+        metrics |= self._critic(experience, mine, tokens)
+        metrics["critic_grad_norm"] = self._move("critic", step)
+        return metrics, False
+
+    def _policy(self, experience: Experience, mine: list[list[int]], tokens: int) -> dict[str, float]:
+        """Gradients of the policy's loss, and what its ratios are."""
+        sums, error = torch.zeros(4, dtype=torch.float64), 0.0
+        for rows in mine:
+            inputs = self._inputs(experience, rows)
+            before, advantages = self._taken(experience, rows, "logps", "advantages")
+            with self.ranks.autocast():
+                logps, _ = token_logps(self.roles.policy, inputs, self.sampling)
+            losses, clipped = policy_loss(logps, before, advantages, self.settings["cliprange"])
+            (losses.sum() / tokens).backward()
+            with torch.no_grad():
+                change = logps - before
+                ratio = change.clamp(-BIGGEST, BIGGEST).exp()
+                values = (losses, ratio, clipped, ratio - 1 - change)
+                sums += torch.stack([value.double().sum().cpu() for value in values])
+                error = max(error, float(change.abs().max()))
+        device = self.roles.policy.device
+        total = (self.ranks.sum(sums.to(device)) / tokens).tolist()
+        found = dict(zip(("policy_loss", "ratio", "clip_fraction", "approx_kl"), total, strict=True))
+        return found | {"first_error": float(self.ranks.sum(torch.tensor(error, device=device)))}
+
+    def _critic(self, experience: Experience, mine: list[list[int]], tokens: int) -> dict[str, float]:
+        """Gradients of the critic's loss."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self.roles.critic.active():
+            for rows in mine:
+                inputs = self._inputs(experience, rows)
+                before, returns = self._taken(experience, rows, "values", "returns")
+                with self.ranks.autocast():
+                    values = self.roles.critic(inputs, drawn_from(inputs))
+                losses, clipped = value_loss(values, before, returns, self.settings["cliprange_value"])
+                (losses.sum() / tokens).backward()
+                sums += torch.stack([losses.detach().double().sum().cpu(), clipped.double().sum().cpu()])
+        total = (self.ranks.sum(sums.to(self.roles.policy.device)) / tokens).tolist()
+        return dict(zip(("value_loss", "value_clip_fraction"), total, strict=True))
+
+    def _inputs(self, experience: Experience, rows: list[int]) -> dict[str, Any]:
+        return make_inputs([experience.answers[row] for row in rows], self.roles.policy.device)
+
+    def _taken(self, experience: Experience, rows: list[int], *names: str) -> list[Tensor]:
+        """[k] of each of the named tensors: the real tokens of some answers."""
+        mask, device = experience.mask[rows], self.roles.policy.device
+        return [getattr(experience, name)[rows][mask].to(device) for name in names]
+
+    def _move(self, role: str, step: int) -> float:
+        """Add the gradients of all processes up, and make a step; their norm."""
+        moved = self.moved[role]
+        parameters = list(moved.parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:  # this process had none of the mini-batch
+                parameter.grad = torch.zeros_like(parameter)
+            if self.ranks.count > 1:
+                parameter.grad = self.ranks.sum(parameter.grad)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.settings["max_grad_norm"]))
+        if not math.isfinite(norm):
+            raise ProgramError(
+                "not_finite",
+                f"the gradient of the {role} is not finite at step {step}. Lower learning_rate or max_grad_norm, or "
+                "look at the scores of its answers.",
+            )
+        moved.optimizer.step()
+        moved.optimizer.zero_grad(set_to_none=True)
+        return norm
