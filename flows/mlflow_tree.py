@@ -16,6 +16,7 @@ from tasks.training_estimate import MEASURED
 
 KEY_TAG = "llamatuner.key"
 NO_CURVE = ("step", "tokens", "trained_tokens", *MEASURED)  # of a step's line
+SAMPLES = "samples.json"
 COMPUTED_TAG = "llamatuner.computed_by"
 
 
@@ -32,6 +33,7 @@ class MlflowTree:
         self.stage_runs: dict[str, str | None] = {}
         self._tags: dict[str, str] = {}
         self._outcomes: dict[str, Outcome] = {}
+        self._samples: dict[str, list[dict[str, Any]]] = {}
 
     def begin(self, record_id: str) -> None:
         """Open the pipeline run, named like its record, and one run per stage, with settings."""
@@ -50,10 +52,14 @@ class MlflowTree:
         return settings.train.identity() | data | settings.model.model_dump(exclude_none=True)
 
     def event(self, step: Step, event: dict[str, Any]) -> None:
-        """Metrics of training, one point per optimizer step."""
+        """Metrics of training, one point per optimizer step, and answers that were drawn."""
         if event["kind"] == "metrics" and step.kind == "train":
             values = {k: v for k, v in event["values"].items() if isinstance(v, int | float)}
             self._tracker.metrics(self.stage_runs.get(step.stage), values, event["step"])
+        if event["kind"] == "samples":
+            rows = self._samples.setdefault(step.stage, [])
+            rows += event["rows"]
+            self._tracker.table(self.stage_runs.get(step.stage), rows, SAMPLES)
 
     def ended(self, step: Step, outcome: Outcome) -> dict[str, Any]:
         """A step is done: log what it made. Returns fields to add to the artifact's manifest."""
@@ -93,8 +99,11 @@ class MlflowTree:
             self._history(run_id, outcome)
             self._link(run_id, outcome)
         self._tracker.tags(run_id, {KEY_TAG: artifact.key})
-        for file in ("report/loss.png", "report/metrics.jsonl", "manifest.json"):
+        for file in ("report/loss.png", "report/scores.png", "report/metrics.jsonl", "manifest.json"):
             self._tracker.file(run_id, artifact.path / file, "train")
+        samples = artifact.path / "report" / "samples.jsonl"
+        if samples.is_file():  # those of earlier attempts, or of the run that computed it, as well
+            self._tracker.table(run_id, read_json_lines(samples), SAMPLES)
 
     def _history(self, run_id: str | None, outcome: Outcome) -> None:
         """A cached training shows its curve in the new tree as well."""

@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.graph import build
 from flows.planning import plan
-from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, step_page
+from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, samples_page, step_page
 from flows.preflight import preflight
 from flows.reconcile import reconcile
 from flows.session import Session, stopping
@@ -63,6 +63,8 @@ def make_step(title: str) -> State[Any]:
     def on_event(step: Step, event: dict[str, Any]) -> None:
         if event["kind"] == "note":
             logger.info(event["text"])
+        if event["kind"] == "samples":
+            samples_page(title, event)
         progress.show(event)
 
     attempt = task_run.run_count

@@ -72,11 +72,18 @@ def plan_page(lines: list[PlannedStep]) -> None:
 
 def step_page(step: Step, artifact: Artifact) -> None:
     """The loss curve of a training; lengths of rows, and what is trained of them, of a tokenize step."""
-    curve = artifact.path / "report" / "loss.png"
-    if step.kind == "train" and curve.is_file():
-        _image(curve.read_bytes(), f"{step.stage}-loss", "Training loss")
+    for name, title in (("loss", "Training loss"), ("scores", "Scores of the answers, and their KL to the reference")):
+        curve = artifact.path / "report" / f"{name}.png"
+        if step.kind == "train" and curve.is_file():
+            _image(curve.read_bytes(), f"{step.stage}-{name}", title)
     if step.kind == "tokenize":
         _image(statistics_picture(step, artifact), f"{step.title}-statistics", f"{step.title}: lengths of rows")
+
+
+def samples_page(title: str, event: dict[str, Any]) -> None:
+    """Some answers of a step with their scores."""
+    description = f"{title}: answers drawn in step {event['step']}"
+    create_table_artifact(event["rows"], key=_key(f"{title}-samples"), description=description)
 
 
 def _image(png: bytes, key: str, description: str) -> None:

@@ -28,7 +28,7 @@ from tasks.program import classify
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
-TRAINING_RESULTS = ("train_loss", "steps", "trained_tokens", "rewards/accuracies", "rewards/margins")
+TRAINING_RESULTS = ("train_loss", "steps", "trained_tokens", "rewards/accuracies", "rewards/margins", "score", "kl")
 
 
 class Session:

@@ -43,9 +43,11 @@ class View(Protocol):
 
 
 def numbers(event: dict[str, Any]) -> str:
-    """Loss and speed of a progress event, as far as it has them: `loss 1.234  210 tok/s`."""
+    """Loss and speed of a progress event, or score and KL: `loss 1.234  210 tok/s`, `score 0.512  KL 1.20`."""
     parts = []
-    if event.get("loss") is not None:
+    if event.get("score") is not None:
+        parts.append(f"score {event['score']:.3f}  KL {event['kl']:.2f}")
+    elif event.get("loss") is not None:
         parts.append(f"loss {event['loss']:.3f}")
     if event.get("tokens_per_second"):
         parts.append(f"{event['tokens_per_second']:,.0f} tok/s")

@@ -7,12 +7,13 @@ trouble with the tracking server is said once and never fails or changes trainin
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -153,6 +154,15 @@ class Tracker:
         """Keep a mapping as a YAML or JSON artifact."""
         if run_id:
             self._try(lambda client: client.log_dict(run_id, dict(value), file))
+
+    def table(self, run_id: str | None, rows: Sequence[Mapping[str, Any]], file: str) -> None:
+        """Keep rows as a table that MLflow's pages show, in place of one of that name."""
+        if run_id is None or not rows:
+            return
+        columns = list(rows[0])
+        # the form of `mlflow.log_table`, which needs pandas
+        self.dictionary(run_id, {"columns": columns, "data": [[row[name] for name in columns] for row in rows]}, file)
+        self.tags(run_id, {"mlflow.loggedArtifacts": json.dumps([{"path": file, "type": "table"}])})
 
     def file(self, run_id: str | None, path: Path, folder: str | None = None) -> None:
         """Keep a file as an artifact."""

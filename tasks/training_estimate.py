@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 
+from registry.combinations import DRAWING
 from tasks.architecture import Architecture
 from tasks.batch_plan import BatchPlan
 from tasks.estimate import GIB, LargestBatch, Memory, estimate_memory
@@ -44,6 +45,8 @@ class Estimate:
     """The rows are not known yet: every one is taken to be as long as may be, and trained whole."""
     processes: int
     """Devices that train; on CPU, processes that share the memory of the machine."""
+    drawing: bool = False
+    """Answers are drawn, whose memory is not estimated."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; sizes in GiB."""
@@ -59,7 +62,8 @@ class Estimate:
         else:
             counts = f"{self.sequences:,} sequences, {self.tokens:,} tokens, {self.steps:,} steps"
         if self.memory is None:
-            return f"{counts}; memory known when the model is there"
+            why = "not estimated where answers are drawn" if self.drawing else "known when the model is there"
+            return f"{counts}; memory {why}"
         size = {name: f"{value / GIB:.2f}" for name, value in vars(self.memory).items()}
         bound = "at most " if self.at_most else ""
         return (
@@ -97,6 +101,7 @@ def estimate_training(
     per_device = micro_batch or settings["per_device_train_batch_size"]
     processes = settings["nproc_per_node"] * settings.get("nnodes", 1)
     accumulation = settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // per_device
+    drawing = settings["stage"] in DRAWING
     texts = per_device * (2 if settings["stage"] in ("rm", "dpo", "orpo") else 1)
     sequences = tokens = None
     steps = settings.get("max_steps")
@@ -105,15 +110,16 @@ def estimate_training(
     else:
         data = TokenizedSequences(shards)
         sequences, tokens = len(data), int(data.sizes.sum())
-        plan = BatchPlan(sequences, per_device, accumulation, processes, settings["seed"])
+        batches = accumulation * settings["ppo_buffer_size"] if drawing else accumulation
+        plan = BatchPlan(sequences, per_device, batches, processes, settings["seed"])
         steps = plan.total_steps(steps, settings.get("num_train_epochs"))
         batch = largest_batch(data, texts, per_device, packing)
     if settings["flash_attn"] == "fa2":
         batch = LargestBatch(batch.texts, batch.longest, batch.trained, masked=False)
     memory = None
-    if model:
+    if model and not drawing:
         memory = estimate_memory(model, dict(settings), batch, accumulation, checkpointing, other_reference, cuda)
-    return Estimate(sequences, tokens, steps, memory, shards is None, processes)
+    return Estimate(sequences, tokens, steps, memory, shards is None, processes, drawing)
 
 
 def largest_batch(data: TokenizedSequences, texts: int, per_device: int, packing: bool) -> LargestBatch:
