@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install lock clean help docs bench-data bench-train bench-memory
+.PHONY: demo test lint install lock clean help docs bench-data bench-train bench-ppo bench-memory
 
 help:
 	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time about 9 minutes on 2 cores)"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench-data   time data preparation beside TRL's (about 6 minutes; needs the oracle folder)"
 	@echo "make bench-train MODEL=FOLDER   time LoRA training beside TRL's (about 10 minutes; needs the oracle folder)"
+	@echo "make bench-ppo MODEL=FOLDER PEER=FOLDER   time PPO beside TRL 1.12 in PEER (about 5 minutes)"
 	@echo "make bench-memory   estimated and measured memory of training (about 15 minutes)"
 	@echo "make docs   write docs/settings.md anew from the settings"
 	@echo "make lock   write requirements.lock anew from what pyproject.toml allows"
@@ -37,6 +38,9 @@ docs: install
 
 bench-train: install
 	@$(BIN)/python -m tests.benchmarks.train $(MODEL) $(BENCH)
+
+bench-ppo: install
+	@$(BIN)/python -m tests.benchmarks.ppo $(MODEL) $(PEER) $(BENCH)
 
 bench-memory: install
 	@$(BIN)/python -m tests.benchmarks.memory $(BENCH)

@@ -9,7 +9,6 @@ Run as `python -m tasks.train.ppo.program SPEC.json`, or on several processes wi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from tasks.program import OPTIONAL, Events, Spec, main
 from tasks.train.program import CHECKPOINTS, make_deterministic, make_plan, optional_packages, require_cuda_for
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from tasks.train.ppo.loop import Loop, Processes, Words
     from tasks.train.ppo.roles import Roles
     from tasks.train.ppo.update import Moved
@@ -39,13 +40,13 @@ def work(spec: Spec, events: Events) -> None:
     from tasks.train.ppo.roles import make_roles
 
     require_cuda_for(settings)
-    make, keywords = _optimizer(settings)  # first: its arguments make accelerate forget an accelerator
+    arguments = _arguments(settings)  # first: they join the processes, and make accelerate forget an accelerator
     ranks = _processes(settings)
     events.emit("note", text="loading models")
     changes = position_changes(settings, spec.inputs["base"], spec.settings.get("cutoff_len"))
     roles = make_roles(spec, changes)
     record = {"base_digest": spec.settings["base_digest"]} | ({"config": changes} if changes else {})
-    moved = _moved(settings, roles, lambda groups: make(groups, **keywords))
+    moved = _moved(settings, roles, arguments)
     loop = _loop(spec, roles, moved, ranks)
     total = loop.plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
     for sentence in (roles.sentence(), f"{loop.plan.sentence(total)}; {_sizes(settings, ranks.count)}"):
@@ -79,23 +80,24 @@ def _processes(settings: dict[str, Any]) -> Processes:
     from tasks.train.processes import count_processes
 
     count_processes(settings)
-    cpu = not torch.cuda.is_available()
-    if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    return Processes(Accelerator(mixed_precision="bf16" if settings["bf16"] else "no", cpu=cpu))
+    precision = "bf16" if settings["bf16"] else "no"
+    return Processes(Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available()))
 
 
-def _moved(settings: dict[str, Any], roles: Roles, make: Callable[[list[dict[str, Any]]], Any]) -> dict[str, Moved]:
+def _moved(settings: dict[str, Any], roles: Roles, arguments: TrainingArguments) -> dict[str, Moved]:
     """What is trained, and by what; matrices decay, norms and biases do not."""
+    from transformers import Trainer
+
     from tasks.train.ppo.update import Moved
 
+    make, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
     own = {name: value for name, value in roles.policy.named_parameters() if value.requires_grad}
     moved = {}
     for role, parameters in (("policy", own), ("critic", roles.critic.parameters())):
         kinds = ([p for p in parameters.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
         decays = (settings["weight_decay"], 0.0)
         groups = [{"params": some, "weight_decay": decay} for some, decay in zip(kinds, decays, strict=True) if some]
-        moved[role] = Moved(parameters, make(groups))
+        moved[role] = Moved(parameters, make(groups, **keywords))
     return moved
 
 
@@ -133,14 +135,15 @@ def _words(spec: Spec) -> Words:
     return Words(tokenizer, stops, pad=min(stops, default=0))
 
 
-def _optimizer(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class of the optimizer that the settings name, and its keywords."""
-    from transformers import Trainer, TrainingArguments
+def _arguments(settings: dict[str, Any]) -> TrainingArguments:
+    """What transformers needs to know to make an optimizer, and to join the processes."""
+    import torch
+    from transformers import TrainingArguments
 
-    found: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(
-        TrainingArguments(optim=settings["optim"], learning_rate=settings["learning_rate"], report_to="none")
-    )
-    return found
+    from tasks.train.processes import process_arguments
+
+    how = process_arguments(settings, cpu=not torch.cuda.is_available())
+    return TrainingArguments(optim=settings["optim"], learning_rate=settings["learning_rate"], report_to="none", **how)
 
 
 def _schedule(settings: dict[str, Any], total: int) -> Any:

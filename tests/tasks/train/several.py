@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 from tasks.program import Events, Spec, main
 from tasks.train.checkpoints import MARKER
-from tasks.train.program import work
+from tasks.training import PROGRAMS
 
 
 def work_on_all(spec: Spec, events: Events) -> None:
@@ -30,6 +31,7 @@ def work_on_all(spec: Spec, events: Events) -> None:
             if os.environ["RANK"] == "0":
                 step_back(one)
             torch.distributed.barrier()
+        work = import_module(PROGRAMS.get(one.settings["train"]["stage"], "tasks.train.program")).work
         work(one, Events(one.events))
         gc.freeze()  # the libraries are there now: every Trainer collects garbage, and need not walk through them
         done.add(path)

@@ -26,12 +26,14 @@ from tasks.train.checkpoints import required_files
 from tasks.train.processes import count_processes, process_arguments
 from tasks.train.program import work
 from tasks.training_estimate import MEASURED
+from tests.tasks.train.ppo import runs as ppo
 from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 torch.set_num_threads(1)
 STEPS = 4
 KILLED: dict[str, Any] = {"max_steps": 20, "finetuning_type": "lora"}
 SHORT: dict[str, Any] = {"per_device_train_batch_size": 1, "num_train_epochs": 2.0, "max_steps": None, "save_steps": 2}
+PPO: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 2, "ppo_buffer_size": 2, "ppo_score_norm": True}
 RUNS = [
     *((stage, method, launcher) for stage, method in (("sft", "lora"), ("sft", "full"), ("dpo", "lora"))
       for launcher in ("ddp", "zero2", "zero3")),
@@ -109,6 +111,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     specs += [str(made.spec("short-two", "sft", shards="short", **SHORT, **pair))] * 2
     pair["checkpoint"] = made.folder / "short-two" / "scratch" / "checkpoints" / "checkpoint-4"
     specs.append(str(made.spec("short-given", "sft", shards="short", **SHORT, **pair)))
+    ppo.train(made.folder / "ppo-one", {"base": made.base}, **PPO, gradient_accumulation_steps=2)
+    specs += [str(ppo.make_spec(made.folder / "ppo-two", {"base": made.base}, **PPO, nproc_per_node=2))] * 2
     several = write_spec(made.folder / "several", {"specs": specs}, {}, {})
     launch(several, "tests.tasks.train.several", processes=2, deadline=600)
     return made
@@ -170,6 +174,21 @@ def test_a_short_step_is_divided_as_one_process_does_it_and_a_run_with_it_is_res
     assert json.loads((outputs[1] / "report" / "resume.json").read_text()) == {"resumed_from": 4}
     steps = [e["step"] for e in read_lines(runs.folder / "short-two" / "events.jsonl") if e["kind"] == "progress"]
     assert steps == [1, 2, 3, 4, 5, 6, 5, 6]  # told once, by the first process
+
+
+@pytest.mark.slow
+def test_two_processes_draw_score_and_learn_as_one_does(runs: Runs) -> None:
+    one, two = (ppo.lines(runs.folder / name) for name in ("ppo-one", "ppo-two"))
+    assert len(two) == 6
+    for line, wanted in zip(two, one, strict=True):
+        assert line == pytest.approx(wanted, rel=2e-2, abs=2e-3)
+    samples = [
+        read_lines(runs.folder / name / "output" / "report" / "samples.jsonl") for name in ("ppo-one", "ppo-two")
+    ]
+    assert [row["answer"] for row in samples[0]] == [row["answer"] for row in samples[1]]
+    output = runs.folder / "ppo-two" / "output"
+    assert json.loads((output / "report" / "resume.json").read_text()) == {"resumed_from": 2}
+    assert files(output) == files(output.with_name("output-before"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,227 @@
+"""`make bench-ppo`: PPO with LoRA on SmolLM2-135M, beside TRL's trainer, in one run.
+
+TRL had a PPO up to 1.12 (`trl.experimental.ppo`): PEER names a folder with that version, as `pip install --no-deps
+--target PEER trl==1.12.0` makes it. Both sides: 8 prompts of under 64 tokens in a step, 32 new tokens, 2 passes, LoRA
+of rank 8 on every linear module, a reward model with a head on the same base, and no gradient checkpointing. TRL holds
+reward model and critic as models of their own and trains all of the critic, as it has no other way. Answers may end
+early with both. The first step is left out; each side is a process of its own, so its peak memory is its own.
+
+    python -m tests.benchmarks.ppo MODEL_FOLDER PEER [--steps 4] [--bf16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.data import Memory
+from tests.benchmarks.machine import machine
+
+PROMPTS, NEW, EPOCHS, RANK = 8, 32, 2, 8
+WAYS = ("floor", "ours", "trl")
+QUESTIONS = (
+    *("Who are you, and what can you do for me today?", "What is a cached step of a pipeline?", "Name three fruits."),
+    *("Why does the loss not fall after the first epoch?", "How do I go on with a run that was killed in the night?"),
+    *("What is LoRA?", "Explain in one sentence what a hash is.", "Which of two models should be released, and why?"),
+)
+
+
+def prompt_ids(model: Path) -> list[list[int]]:
+    """The questions as the model is asked them."""
+    from tasks.answers import Chat
+
+    chat = Chat.from_folder(model)
+    return [chat.prompt(question) for question in QUESTIONS]
+
+
+def reward_adapter(model: Path, folder: Path) -> Path:
+    """A reward model that nobody has trained, as an adapter: what it says does not matter here, its cost does."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tasks.train.loading import load_base
+    from tasks.train.lora import BASE_RECORD
+    from tasks.train.output import save_weights
+
+    base = load_base(str(model), torch.float32, score=True)
+    config = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    save_weights(get_peft_model(base, config), folder)
+    (folder / BASE_RECORD).write_text(json.dumps({"base_digest": "base"}), encoding="utf-8")
+    return folder
+
+
+def ours(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
+    """Seconds of each step."""
+    from tasks.program import Events
+    from tasks.train.ppo.program import work
+    from tests.tiny import read_lines
+
+    spec = _spec(model, adapter, folder, steps, bf16)
+    work(spec, Events(spec.events))
+    lines = read_lines(Path(spec.output) / "report" / "metrics.jsonl")
+    return [PROMPTS / line["samples_per_second"] for line in lines]
+
+
+def floor(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
+    """One copy of the base with a LoRA adapter, and the activations of one forward pass: no PPO can do with less."""
+    import torch
+
+    from tasks.train.ppo.program import work  # noqa: F401 - with all that it loads
+    from tasks.train.ppo.roles import make_roles
+    from tasks.train.ppo.rollout import Sampling
+    from tasks.train.ppo.scoring import Answered, make_inputs, token_logps
+
+    spec = _spec(model, adapter, folder, steps, bf16)
+    spec.inputs.pop("reward_adapter")
+    roles = make_roles(spec, {})
+    answers = [Answered(0, ids, [1] * NEW, False, None) for ids in prompt_ids(model)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logps, _ = token_logps(roles.policy, make_inputs(answers, torch.device("cpu")), Sampling())
+    return [1.0, float(logps.isfinite().all())]
+
+
+def _spec(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> Any:
+    from registry.records import TrainSettings
+    from tasks.program import Spec
+    from tests.tiny import write_shards, write_spec
+
+    rows = [{"input_ids": ids, "labels": [-100] * len(ids)} for ids in prompt_ids(model)]
+    shards = write_shards(folder / "shards", rows, "prompt", [None] * len(rows))
+    settings = TrainSettings(
+        stage="ppo",
+        reward_model="rm",
+        max_new_tokens=NEW,
+        per_device_train_batch_size=PROMPTS,
+        ppo_epochs=EPOCHS,
+        max_steps=steps,
+        lora_rank=RANK,
+        bf16=bf16,
+    ).identity()
+    runtime = {"logging_steps": 1, "save_steps": 1000, "save_total_limit": 1, "sample_steps": 1000}
+    identity = {"train": settings, "packing": False, "base_digest": "base", "template": None}
+    inputs = {"base": model, "shards": shards, "reward_adapter": adapter}
+    return Spec.read(write_spec(folder / "run", identity, inputs, runtime))
+
+
+def trl(model: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
+    """Seconds of each step."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    judges = [AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=dtype) for _ in range(2)]
+    for judge in judges:
+        judge.config.pad_token_id = tokenizer.pad_token_id
+    ends = [time.perf_counter()]
+
+    class Ends(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    arguments = PPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=PROMPTS,
+        num_ppo_epochs=EPOCHS,
+        total_episodes=PROMPTS * steps,
+        response_length=NEW,
+        temperature=1.0,
+        stop_token="eos",
+        learning_rate=5e-5,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        bf16=bf16,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_list([{"input_ids": ids} for ids in prompt_ids(model)])
+    trainer = PPOTrainer(
+        args=arguments,
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+        ref_model=None,
+        reward_model=judges[0],
+        value_model=judges[1],
+        train_dataset=rows,
+        eval_dataset=rows,
+        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Ends()],
+    )
+    ends[0] = time.perf_counter()
+    trainer.train()
+    return [after - before for before, after in pairwise(ends)]
+
+
+def measure(way: str, chosen: argparse.Namespace, adapter: Path, folder: Path) -> dict[str, Any]:
+    """One way, in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.ppo", chosen.model, chosen.peer, "--way", way]
+    command += ["--folder", str(folder), "--adapter", str(adapter), "--steps", str(chosen.steps)]
+    folder.mkdir()
+    with Memory() as memory:
+        answer = subprocess.run(
+            [*command, *(["--bf16"] if chosen.bf16 else [])], stdout=subprocess.PIPE, text=True, check=True
+        )
+    seconds = json.loads(answer.stdout.splitlines()[-1])
+    return {"samples_per_second": PROMPTS / median(seconds[1:]), "peak_bytes": memory.peak}
+
+
+def report(results: dict[str, dict[str, Any]], chosen: argparse.Namespace) -> str:
+    """The table of the documentation."""
+    kind = "bfloat16" if chosen.bf16 else "float32"
+    lines = [machine(), "", f"| PPO, LoRA, SmolLM2-135M, {kind} | samples/s | peak memory |", "|---|---|---|"]
+    for way, name in (("ours", "LLamaTuner"), ("trl", "TRL 1.12")):
+        found = results[way]
+        lines.append(f"| {name} | {found['samples_per_second']:.3f} | {found['peak_bytes'] / 1e6:,.0f} MB |")
+    speed = results["ours"]["samples_per_second"] / results["trl"]["samples_per_second"]
+    size = results["ours"]["peak_bytes"] / results["trl"]["peak_bytes"]
+    least = results["floor"]["peak_bytes"]
+    lines.append(f"| ratio | {speed:.2f} x | {size:.2f} x |")
+    lines.append(f"| one base copy and one forward pass | | {least / 1e6:,.0f} MB |")
+    lines.append(f"| LLamaTuner to that | | {results['ours']['peak_bytes'] / least:.2f} x |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", help="folder of SmolLM2-135M-Instruct, e.g. the artifact of the demo's base/model")
+    parser.add_argument("peer", help="folder with TRL 1.12")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--bf16", action="store_true")
+    for name in ("--way", "--folder", "--adapter"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    model = Path(chosen.model)
+    if chosen.way in ("ours", "floor"):
+        way = {"ours": ours, "floor": floor}[chosen.way]
+        print(json.dumps(way(model, Path(chosen.adapter), Path(chosen.folder), chosen.steps, chosen.bf16)))
+    elif chosen.way == "trl":
+        sys.path.insert(0, chosen.peer)
+        print(json.dumps(trl(model, Path(chosen.folder), chosen.steps, chosen.bf16)))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = reward_adapter(model, Path(folder) / "adapter")
+            results = {way: measure(way, chosen, adapter, Path(folder) / way) for way in WAYS}
+        print(report(results, chosen))
+
+
+if __name__ == "__main__":
+    main()
