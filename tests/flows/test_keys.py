@@ -65,6 +65,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "simpo_gamma": (0.7, TRAINED),
         "kto_chosen_weight": (2.0, TRAINED),
         "kto_rejected_weight": (2.0, TRAINED),
+        "center_rewards_coefficient": (0.01, TRAINED),
         "ref_model": ("FOLDER/other_model", TRAINED),
         "finetuning_type": ("full", {"train", "merge"}),
         "lora_rank": (5, TRAINED),
@@ -132,6 +133,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{key: {"eval_steps": 3} for key in ("early_stopping_steps", "load_best_model_at_end")},
     "simpo_gamma": {"stage": "dpo", "pref_loss": "simpo"},
     **{key: {"stage": "kto"} for key in ("kto_chosen_weight", "kto_rejected_weight")},
+    "center_rewards_coefficient": {"stage": "rm"},
     "resume": {"resume_from_checkpoint": "FOLDER/checkpoint"},
     "create_new_adapter": {"adapter_name_or_path": "FOLDER/adapter"},
     **{key: {"quant_bit": 4} for key in ("quant_type", "double_quantization")},
@@ -210,7 +212,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 84
+    assert len(CASES) == 85
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
