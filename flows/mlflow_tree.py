@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from flows.graph import Pipeline, StageSteps
-from tasks.evaluation import read_results
+from tasks.evaluation import read_results, reward_pictures
 from tasks.jsonlines import read_json_lines
 from tasks.statistics import STATISTICS, statistics_picture
 from tasks.steps import Outcome, Step
@@ -86,9 +86,7 @@ class MlflowTree:
         source = json.dumps({"files": step.runtime["files"], "artifact": f"tokenize/{outcome.artifact.path.name}"})
         run_id, artifact = self.stage_runs[step.stage], outcome.artifact
         self._tracker.inputs(run_id, {name: (source, artifact.digest)}, context)
-        # a name may be a path; the number keeps two names apart that are the same without their odd characters
-        number = list(names).index(step.title) if held_out else 0
-        folder = f"tokenize/{number}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}" if held_out else "tokenize"
+        folder = f"tokenize/{_file_name(list(names).index(step.title), name)}" if held_out else "tokenize"
         self._tracker.file(run_id, artifact.path / STATISTICS, folder)
         self._tracker.content(run_id, lambda: statistics_picture(step, artifact), f"{folder}/statistics.png")
 
@@ -135,6 +133,9 @@ class MlflowTree:
             self._link(run_id, outcome)
         for file in ("results.json", "answers.jsonl", "manifest.json"):
             self._tracker.file(run_id, outcome.artifact.path / file)
+        pictures = reward_pictures(outcome.artifact.path, step.runtime["set_names"])
+        for number, (name, path) in enumerate(pictures.items()):
+            self._tracker.content(run_id, path.read_bytes, f"rewards/{_file_name(number, name)}.png")
         self._tracker.close(run_id, "FINISHED")
         return {"mlflow_run_id": run_id} if outcome.state == "ran" else {}
 
@@ -143,6 +144,11 @@ class MlflowTree:
         flat = {f"{stage}/{name}": value for stage, values in results.items() for name, value in values.items()}
         self._tracker.results(self._tracker.run_id, flat)
         self._tracker.close_all(status)
+
+
+def _file_name(number: int, name: str) -> str:
+    """A data set's name, which may be a path; the number keeps two apart that are the same without odd characters."""
+    return f"{number}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}"
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

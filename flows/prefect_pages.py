@@ -21,6 +21,7 @@ from flows.planning import PlannedStep
 from flows.session import Session
 from flows.view import details, duration, numbers
 from tasks.artifacts import Artifact
+from tasks.evaluation import reward_pictures
 from tasks.preview import marked, read_rendered
 from tasks.statistics import statistics_picture
 from tasks.steps import Step
@@ -71,13 +72,17 @@ def plan_page(lines: list[PlannedStep]) -> None:
 
 
 def step_page(step: Step, artifact: Artifact) -> None:
-    """The loss curve of a training; lengths of rows, and what is trained of them, of a tokenize step."""
+    """The curves of a training; lengths of rows, and what is trained of them, of a tokenize step; how well a reward
+    model does on each data set."""
     for name, title in (("loss", "Training loss"), ("scores", "Scores of the answers, and their KL to the reference")):
         curve = artifact.path / "report" / f"{name}.png"
         if step.kind == "train" and curve.is_file():
             _image(curve.read_bytes(), f"{step.stage}-{name}", title)
     if step.kind == "tokenize":
         _image(statistics_picture(step, artifact), f"{step.title}-statistics", f"{step.title}: lengths of rows")
+    pictures = reward_pictures(artifact.path, step.runtime["set_names"]) if step.kind == "evaluate" else {}
+    for number, (name, path) in enumerate(pictures.items()):
+        _image(path.read_bytes(), f"{step.title}-rewards-{number}", f"{step.title}: pairs of {name} told apart")
 
 
 def samples_page(title: str, event: dict[str, Any]) -> None:

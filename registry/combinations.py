@@ -64,6 +64,8 @@ NEEDS: tuple[Need, ...] = (
     Need(("dpo_label_smoothing",), {"stage": ("dpo",), "pref_loss": ("sigmoid", "robust", "exo_pair")}),
     Need(("simpo_gamma",), {"stage": ("dpo",), "pref_loss": ("simpo",)}),
     Need(("kto_chosen_weight", "kto_rejected_weight"), {"stage": ("kto",)}),
+    Need(("center_rewards_coefficient",), {"stage": ("rm",)}),
+    Need(("center_rewards_coefficient",), {"center_rewards_coefficient": SET}, refused=False),
     Need(("early_stopping_steps", "load_best_model_at_end"), {"eval_steps": SET}),
     Need(("ref_model",), {"stage": WITH_REFERENCE}),
     Need(tuple(PpoSettings.model_fields), {"stage": DRAWING}),

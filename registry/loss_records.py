@@ -44,6 +44,9 @@ class LossSettings(Record):
     """Weight of answers marked as good."""
     kto_rejected_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of answers marked as bad."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of (score of the better answer + score of the other)², added to the loss of rm so that scores stay around
+    0; 0.01 is usual (Eisenstein et al. 2023, arXiv:2312.09244)."""
     ref_model: Text | None = None
     """Model to stay close to: an earlier stage, registry name, hub id or folder; nothing means the model that the stage
     starts from."""

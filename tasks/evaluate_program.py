@@ -13,19 +13,24 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.program import Events, Spec, main
 
+if TYPE_CHECKING:
+    from tasks.scoring import Shards
+
+Report = Callable[[int, int], None]
+"""Told what is done and what there is in all."""
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON itself escapes the others
 
 
 def work(spec: Spec, events: Events) -> None:
     """Load, score, answer, write.
 
-    Writes `results.json` (`perplexity.<set>` → value, nll, tokens, rows; of a reward model `reward_accuracy.<set>` and
-    `reward_margin.<set>`), `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per row or pair), `answers.jsonl` (one
-    line per question) and `report/timings.json` (seconds).
+    Writes `results.json` (`perplexity.<set>` → value, nll, tokens, rows; of a reward model what `tasks.rewards` gives,
+    by the same kind of name), `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per row or pair), `answers.jsonl`
+    (one line per question), `report/rewards.<set>.png` where there are pairs and `report/timings.json` (seconds).
 
     Raises:
         ProgramError: `bad_setting` for packed shards, for an adapter of another base and for a data set without
@@ -46,8 +51,7 @@ def work(spec: Spec, events: Events) -> None:
     import torch  # noqa: F401 - the first import of it is what takes long
 
     from tasks.answers import Chat, answer_questions
-    from tasks.rewards import reward_results, score_pairs
-    from tasks.scoring import Shards, perplexity, score_rows
+    from tasks.scoring import Shards
 
     lap("import")
     given = {name: settings.get(name) for name in ("template", "default_system", "enable_thinking")}
@@ -61,17 +65,9 @@ def work(spec: Spec, events: Events) -> None:
         report = _reporter(
             events, "rows", spec.runtime.get("set_names", settings["sets"])[settings["sets"].index(name)]
         )
-        batch_size = spec.runtime["per_device_eval_batch_size"]
-        if settings["measure"] == "reward":
-            pairs = score_pairs(model, shards, batch_size, report)
-            results |= {f"{measure}.{name}": result for measure, result in reward_results(pairs).items()}
-            rows = ({"row": row, "chosen": pair[0], "rejected": pair[1]} for row, pair in enumerate(pairs))
-            write_lines(output / f"rewards.{name}.jsonl", rows)
-        else:
-            scores = score_rows(model, shards, batch_size, report)
-            results[f"perplexity.{name}"] = perplexity(scores.values())
-            rows = ({"row": row, "nll": score.nll, "tokens": score.tokens} for row, score in scores.items())
-            write_lines(output / f"nll.{name}.jsonl", rows)
+        measure = _rewards if settings["measure"] == "reward" else _perplexity
+        found = measure(model, shards, spec.runtime["per_device_eval_batch_size"], report, output, name)
+        results |= {f"{metric}.{name}": result for metric, result in found.items()}
         lap(f"set.{name}")
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if chat is not None:
@@ -80,6 +76,41 @@ def work(spec: Spec, events: Events) -> None:
         write_lines(output / "answers.jsonl", (answer.record() for answer in answers))
         lap("answers")
     (output / "report" / "timings.json").write_text(json.dumps(timings, indent=1), encoding="utf-8")
+
+
+def _perplexity(
+    model: Any, shards: Shards, batch_size: int, report: Report, output: Path, name: str
+) -> dict[str, dict[str, Any]]:
+    """Metric → result of a language model on one data set."""
+    from tasks.scoring import perplexity, score_rows
+
+    scores = score_rows(model, shards, batch_size, report)
+    rows = ({"row": row, "nll": score.nll, "tokens": score.tokens} for row, score in scores.items())
+    write_lines(output / f"nll.{name}.jsonl", rows)
+    return {"perplexity": perplexity(scores.values())}
+
+
+def _rewards(
+    model: Any, shards: Shards, batch_size: int, report: Report, output: Path, name: str
+) -> dict[str, dict[str, Any]]:
+    """Metric → result of a reward model on one data set: of pairs, or of answers that nothing is compared with."""
+    from tasks.reward_picture import draw_rewards
+    from tasks.rewards import paired, reward_results, score_results, score_texts
+
+    texts = score_texts(model, shards, batch_size, report)
+    if shards.shape != "preference":
+        write_lines(output / f"rewards.{name}.jsonl", ({"row": row, **t._asdict()} for row, t in enumerate(texts)))
+        return score_results(texts)
+    pairs = paired(texts)
+    rows = (
+        {"row": row, "chosen": chosen.score, "rejected": rejected.score}
+        | {"chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens}
+        for row, (chosen, rejected) in enumerate(pairs)
+    )
+    write_lines(output / f"rewards.{name}.jsonl", rows)
+    results = reward_results(pairs)
+    (output / "report" / f"rewards.{name}.png").write_bytes(draw_rewards(results))
+    return results
 
 
 def tokenizer_folder(spec: Spec) -> Path:
@@ -94,17 +125,22 @@ def load(spec: Spec) -> Any:
 
     Raises:
         ProgramError: `bad_setting` when the adapter was made on other base weights.
+        InputError: scores are wanted, and the model gives none.
     """
     import torch
 
+    from tasks.rewards import require_reward_model
     from tasks.train.loading import load_base
     from tasks.train.lora import check_base
 
+    scores = spec.settings["measure"] == "reward"
     adapter, changes = spec.inputs.get("adapter"), None
+    if scores and not adapter:
+        require_reward_model(Path(spec.inputs["model"]), spec.inputs["model"])
     if adapter and "base_digest" in spec.settings:
         changes = check_base(adapter, spec.settings["base_digest"])
     dtype = torch.bfloat16 if spec.settings["bf16"] else torch.float32
-    model = load_base(spec.inputs["model"], dtype, spec.settings["measure"] == "reward", changes)
+    model = load_base(spec.inputs["model"], dtype, scores, changes)
     if adapter:
         from tasks.train.adapters import load_adapter
 
@@ -120,7 +156,7 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
 
 
-def _reporter(events: Events, unit: str, name: str) -> Callable[[int, int], None]:
+def _reporter(events: Events, unit: str, name: str) -> Report:
     def report(done: int, total: int) -> None:
         events.emit("progress", step=done, total=total, unit=unit, set=name)
 

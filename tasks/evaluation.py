@@ -19,7 +19,11 @@ from tasks.shards import shape_of
 from tasks.steps import Input, Step, Work
 from tasks.training import BASE_FILES, SHARD_FILES, keep_log
 
-VERSION = 1  # first form
+# of each measure, so that what is not changed is not measured again
+VERSIONS = {
+    "perplexity": 1,  # first form
+    "reward": 2,  # also by length, against the rule of the longer answer, and calibration
+}
 
 
 def evaluate_step(
@@ -43,6 +47,7 @@ def evaluate_step(
     """
     inputs = {f"set.{index}": Input(step, SHARD_FILES) for index, step in enumerate(sets.values())}
     kind = STAGES[settings.train.stage]
+    measure = "perplexity" if kind.makes_text else "reward"
     questions = evaluation.questions if kind.makes_text else ()
     data = settings.data
     answers = {
@@ -54,12 +59,12 @@ def evaluate_step(
     return Step(
         stage=stage,
         name=name,
-        version=VERSION,
+        version=VERSIONS[measure],
         label=label,
         identity={
             "questions": list(questions),
             "shapes": [shape_of(step) for step in sets.values()],
-            "measure": "perplexity" if kind.makes_text else "reward",
+            "measure": measure,
             "bf16": settings.train.bf16,
             "sets": [str(index) for index in range(len(sets))],
             **(answers if questions else {}),
@@ -82,13 +87,25 @@ def evaluate(work: Work) -> dict[str, Any]:
 
 
 def read_results(artifact: Path, set_names: list[str]) -> dict[str, dict[str, Any]]:
-    """`<measure>.<set>` → value, rows and what they were made of; sets by their present names."""
+    """`<metric>.<set>` → value, rows and what they were made of; sets by their present names."""
+    found = by_set(artifact, set_names)
+    return {f"{metric}.{name}": result for name, results in found.items() for metric, result in results.items()}
+
+
+def by_set(artifact: Path, set_names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Data set by its present name → metric → the same."""
     stored = json.loads((artifact / "results.json").read_text(encoding="utf-8"))
-    results = {}
-    for metric, result in stored.items():
-        measure, _, index = metric.rpartition(".")
-        results[f"{measure}.{set_names[int(index)]}"] = result
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in set_names}
+    for key, result in stored.items():
+        metric, _, index = key.rpartition(".")
+        results[set_names[int(index)]][metric] = result
     return results
+
+
+def reward_pictures(artifact: Path, set_names: list[str]) -> dict[str, Path]:
+    """Data set by its present name → the picture of a reward model's scores, where there is one."""
+    pictures = {name: artifact / "report" / f"rewards.{number}.png" for number, name in enumerate(set_names)}
+    return {name: path for name, path in pictures.items() if path.is_file()}
 
 
 def read_answers(artifact: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from tasks.workers import make_chunks
 if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
     from registry.records import DataSettings
 
-VERSION = 3  # margins of pairs and marks of answers go with their texts
+VERSION = 4  # a pair whose texts come out the same is refused
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "vocab*", "merges*")
 SCHEMA = pa.schema(
     [
@@ -189,6 +189,8 @@ class RowRenderer:
             if isinstance(found, BadRow):
                 return BadRow(found.reason, f"{part}: {found.detail}")
             texts += found
+        if len(texts) == 2 and texts[0].text == texts[1].text:  # many templates cut white space off
+            return BadRow("tie", "'chosen' and 'rejected' are the same text once the template has rendered them")
         return texts
 
     def _one(self, stored: Sequence[Row], tools: Any, first: int) -> list[RenderedText] | BadRow:

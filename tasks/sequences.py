@@ -64,6 +64,7 @@ class _Shard:
         self.offsets: NDArray[numpy.int32] = ids.offsets.to_numpy()
         self.input_ids: NDArray[numpy.int32] = ids.values.to_numpy()
         self.labels: NDArray[numpy.int32] = labels.values.to_numpy()
+        self.numbers: NDArray[numpy.int64] = table["row"].chunk(0).to_numpy()
         named = next((name for name in MARKS.values() if name in table.column_names), None)
         self.marks = table[named].chunk(0) if named else None
 
@@ -88,6 +89,10 @@ class TokenizedRows:
         """[rows] tokens of each row."""
         sizes = [numpy.diff(shard.offsets) for shard in self.shards]
         return numpy.concatenate([numpy.zeros(0, numpy.int64), *sizes])
+
+    def numbers(self) -> NDArray[numpy.int64]:
+        """[rows] the number, counted from 0, that each has in its file."""
+        return numpy.concatenate([numpy.zeros(0, numpy.int64), *(shard.numbers for shard in self.shards)])
 
     def mark(self, row: int) -> Any:
         """What else is known of a row: the margin of its pair, whether its answer is good, the answer to its prompt."""

@@ -114,6 +114,21 @@ def export(
     raise typer.Exit(export_recipe(recipe, overrides or [], wanted, json))
 
 
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="Folder of a reward model, or the recipe of a finished run.")],
+    file: Annotated[str, typer.Argument(help="Pairs, or conversations whose last answer is scored.")],
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Stage of the recipe; its only one of rm.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="New file for JSON lines, one for each row.")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Score the answers of a file with a reward model."""
+    from flows.cli.scoring import score_file
+
+    raise typer.Exit(score_file(model, file, stage, out, overrides or [], json))
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="models, datasets, stages, methods, templates or recipes")] = None,

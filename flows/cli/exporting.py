@@ -9,15 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.cli.lineage import card_of
+from flows.cli.lineage import card_of, finished
 from flows.cli.output import DONE, FAILED, people, print_json, say_error
 from flows.graph import Pipeline, build
-from flows.planning import plan
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.loading import load_recipe
 from registry.stages import METHODS
-from tasks.artifacts import Artifact, Store
+from tasks.artifacts import Artifact
 from tasks.card import Card
 from tasks.export import (
     DEFAULT_SHARD_SIZE,
@@ -29,7 +28,6 @@ from tasks.export import (
     saved_dtype,
 )
 from tasks.push import PushFailed, open_repository, push_folder
-from tasks.steps import Step, upstream
 
 SECONDS = 2.0  # before the first progress line, and between two on a terminal
 LOG_SECONDS = 15.0  # between two in a log
@@ -59,8 +57,10 @@ def export_recipe(name: str, overrides: list[str], wanted: Wanted, as_json: bool
     home = Home.open()
     pipeline = build(load_recipe(name, overrides), home)
     stage = _stage(pipeline, wanted)
-    artifacts = _finished(pipeline, stage, name, home)
     steps = pipeline.stages[stage]
+    before = pipeline.befores[steps.before] if steps.before else None
+    ends = [step for step in (steps.model, steps.evaluated, before) if step]
+    artifacts = finished(pipeline, stage, ends, name, home, "export")
     artifact = artifacts[(steps.trained if wanted.adapter else steps.model).title]
     saved = saved_dtype(artifact)
     card = card_of(pipeline, stage, artifacts, wanted.adapter, saved, dtype or saved)
@@ -129,26 +129,6 @@ def _stage(pipeline: Pipeline, wanted: Wanted) -> str:
         rule = f"stage {stage} trains whole weights (finetuning_type: {method}), there is no adapter"
         raise InputError(Problem("--adapter", rule, "Leave it out."))
     return stage
-
-
-def _finished(pipeline: Pipeline, stage: str, recipe: str, home: Home) -> dict[str, Artifact]:
-    """Step title → artifact of everything a stage's model and its numbers hang on.
-
-    Raises:
-        InputError: something of it is not done.
-    """
-    steps = pipeline.stages[stage]
-    before = pipeline.befores[steps.before] if steps.before else None
-    ends: list[Step] = [step for step in (steps.model, steps.evaluated, before) if step]
-    needed = {step.title for step in upstream(ends)}
-    lines = [line for line in plan(pipeline, Store(home)) if line.step.title in needed]
-    missing = [line for line in lines if line.artifact is None]
-    if missing:
-        first = [f"{line.step.title} ({'; '.join(line.why)})" for line in missing if line.state != "unknown"]
-        rest = f", and {len(missing) - len(first)} steps behind" if len(missing) > len(first) else ""
-        rule = f"stage {stage} is not done: {', '.join(first)}{rest}"
-        raise InputError(Problem("export", rule, f"First run `llamatuner run {recipe}`, with the same --set."))
-    return {line.step.title: line.artifact for line in lines if line.artifact}
 
 
 def _push(console: Console, folder: Path, repo: str, card: Card) -> str:

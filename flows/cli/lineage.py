@@ -10,25 +10,55 @@ from typing import Any
 
 from flows.cli.looking import without_credentials
 from flows.graph import Pipeline, StageSteps
+from flows.planning import plan
 from flows.session import TRAINING_RESULTS
 from registry.data_sources import DataSource
 from registry.deepspeed import zero_stage
+from registry.errors import InputError, Problem
+from registry.home import Home
 from registry.recipe import StageSettings
 from registry.stages import STAGES
-from tasks.artifacts import Artifact
+from tasks.artifacts import Artifact, Store
 from tasks.base import known_model
 from tasks.card import BaseModel, Card, DataSet, Made, Result, StageRecord
 from tasks.evaluation import read_results
 from tasks.fetch import KEPT_BACK, ROWS
 from tasks.fingerprint import fingerprint
 from tasks.preview import steps_behind
-from tasks.steps import Step
+from tasks.steps import Step, upstream
 
 Artifacts = Mapping[str, Artifact]
 """Step title → its artifact."""
 PACKAGES = ("torch", "transformers", "peft")
 DATA_SETTINGS = ("cutoff_len", "packing", "train_on_prompt", "mask_history", "default_system", "enable_thinking")
 TEMPLATE_FILE = "chat_template.jinja"
+
+
+def finished(
+    pipeline: Pipeline, stage: str, ends: list[Step], recipe: str, home: Home, command: str
+) -> dict[str, Artifact]:
+    """Step title → artifact of steps of a stage and everything they hang on.
+
+    Args:
+        pipeline: of the recipe.
+        stage: the one that is meant.
+        ends: its steps that are wanted.
+        recipe: as it was named.
+        home: where it is done.
+        command: that needs the model, for the error.
+
+    Raises:
+        InputError: something of it is not done.
+    """
+    needed = {step.title for step in upstream(ends)}
+    lines = [line for line in plan(pipeline, Store(home)) if line.step.title in needed]
+    missing = [line for line in lines if line.artifact is None]
+    if missing:
+        first = [f"{line.step.title} ({'; '.join(line.why)})" for line in missing if line.state != "unknown"]
+        rest = f", and {len(missing) - len(first)} steps behind" if len(missing) > len(first) else ""
+        rule = f"stage {stage} is not done: {', '.join(first)}{rest}"
+        raise InputError(Problem(command, rule, f"First run `llamatuner run {recipe}`, with the same --set."))
+    return {line.step.title: line.artifact for line in lines if line.artifact}
 
 
 def card_of(pipeline: Pipeline, stage: str, artifacts: Artifacts, adapter: bool, saved: str, dtype: str) -> Card:

@@ -175,7 +175,7 @@ def list_runs(limit: int, as_json: bool) -> None:
             f"{stage} {metric}={value:.4g}"
             for stage, metrics in values.get("results", {}).items()
             for metric, value in metrics.items()
-            if metric.startswith("perplexity")
+            if metric.startswith(("perplexity.", "reward_accuracy."))
         ]
         steps = values.get("steps", [])
         ran = sum(step["state"] == "ran" for step in steps)

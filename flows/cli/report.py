@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli.rewards import print_rewards
 from flows.graph import Pipeline
 from flows.session import results_of
 from flows.view import duration
 from registry.home import Home
-from tasks.evaluation import read_answers
+from tasks.evaluation import by_set, read_answers
 from tasks.steps import Outcome
 from tasks.tracking import tracking_uri
 from tasks.training_estimate import memory_sentence
@@ -53,6 +54,11 @@ def _results(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome])
     for stage, values in results.items():
         if stage in pipeline.befores:
             continue
+        evaluated = pipeline.stages[stage].evaluated
+        if evaluated and evaluated.identity["measure"] == "reward" and evaluated.title in outcomes:
+            for name, found in by_set(outcomes[evaluated.title].artifact.path, evaluated.runtime["set_names"]).items():
+                print_rewards(console, f"{stage}  {name}", found)
+            values = {metric: value for metric, value in values.items() if metric.startswith("train.")}
         for metric, value in values.items():
             before = results.get(pipeline.stages[stage].before or "", {}).get(metric)
             if before is not None:

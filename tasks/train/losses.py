@@ -187,6 +187,16 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
     return -logsigmoid(chosen.float() - rejected.float() - margin)
 
 
+def off_centre(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """[p] (score of the preferred answer + score of the other)².
+
+    Only the difference of two scores is learnt from a pair, so all of them may drift; this holds them around 0.
+
+    Source: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2.
+    """
+    return (chosen.float() + rejected.float()) ** 2
+
+
 def pair_loss(settings: dict[str, Any], pairs: Pairs) -> Tensor:
     """[p] the loss that the settings of a dpo stage name."""
     beta, name = settings["pref_beta"], settings["pref_loss"]

@@ -20,7 +20,7 @@ from tasks.sequences import IGNORED
 from tasks.train.batches import Batch
 from tasks.train.compared import collate_marked, collate_pairs
 from tasks.train.likelihood import sequence_logps, token_loss
-from tasks.train.losses import Pairs, bradley_terry, kto, odds_ratio, pair_loss
+from tasks.train.losses import Pairs, bradley_terry, kto, odds_ratio, off_centre, pair_loss
 from tasks.train.reference import Reference, unwrapped
 from tasks.train.reward import answer_scores
 
@@ -172,9 +172,16 @@ class MarkedAnswers:
 
 
 class RewardModelling:
-    """rm: a score for an answer, higher for the preferred one."""
+    """rm: a score for an answer, higher for the preferred one.
+
+    Args:
+        settings: `TrainSettings.identity()`.
+    """
 
     pieces = 2
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.centring = settings.get("center_rewards_coefficient", 0.0)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Units in a batch."""
@@ -188,6 +195,8 @@ class RewardModelling:
         arguments, real = _split(inputs)
         chosen, rejected = answer_scores(model, arguments).chunk(2)
         losses = bradley_terry(chosen, rejected, inputs["margin"])
+        if self.centring:
+            losses = losses + self.centring * off_centre(chosen, rejected)
         return Sums({PAIRS: (losses * real).sum()}, _reward_metrics(chosen.detach(), rejected.detach(), real))
 
 
@@ -207,7 +216,7 @@ def make_objective(settings: dict[str, Any], reference: Reference | None) -> Obj
     """
     stage = settings["stage"]
     if stage == "rm":
-        return RewardModelling()
+        return RewardModelling(settings)
     if stage == "kto":
         assert reference is not None
         return MarkedAnswers(settings, reference)

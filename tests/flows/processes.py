@@ -88,6 +88,11 @@ def prefect_states(database: Path) -> list[str]:
     return _column(database, "SELECT state_type FROM flow_run ORDER BY created")
 
 
+def prefect_pages(database: Path) -> list[str]:
+    """Keys of everything that runs left for Prefect's pages."""
+    return _column(database, "SELECT key FROM artifact WHERE key IS NOT NULL")
+
+
 def record_states(home: Path) -> list[str]:
     """States of all run records, oldest first."""
     paths = sorted((home / "runs").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)

@@ -66,6 +66,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "simpo_gamma": (0.7, TRAINED),
         "kto_chosen_weight": (2.0, TRAINED),
         "kto_rejected_weight": (2.0, TRAINED),
+        "center_rewards_coefficient": (0.01, TRAINED),
         "ref_model": ("FOLDER/other_model", TRAINED),
         "max_new_tokens": (5, TRAINED),
         "temperature": (0.7, TRAINED),
@@ -163,6 +164,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "reward_funcs": {"stage": "ppo", "reward_model": "FOLDER/model"},
     "reward_model": {"stage": "ppo", "reward_funcs": ["length"]},
     **{key: {"stage": "kto"} for key in ("kto_chosen_weight", "kto_rejected_weight")},
+    "center_rewards_coefficient": {"stage": "rm"},
     "resume": {"resume_from_checkpoint": "FOLDER/checkpoint"},
     "create_new_adapter": {"adapter_name_or_path": "FOLDER/adapter"},
     **{key: {"quant_bit": 4} for key in ("quant_type", "double_quantization")},
@@ -241,7 +243,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 107
+    assert len(CASES) == 108
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])

@@ -15,12 +15,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from registry.errors import InputError
 from tasks.answers import Answer, Chat, answer_questions, generate, stop_ids
 from tasks.evaluate_program import load, work, write_lines
 from tasks.program import Events, ProgramError, Spec
 from tasks.scoring import RowScore, Shards, batches, perplexity, score_batch, score_rows
 from tasks.train.loading import load_base
-from tests.tiny import pack_rows, random_rows, read_lines, tiny_model, write_shards, write_spec
+from tests.tasks.test_statistics import size
+from tests.tiny import pack_rows, random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ["hi", "What is the capital of France?", "Count to three, slowly."]
@@ -271,3 +273,44 @@ def test_an_adapter_is_measured_on_its_own_base_only(folder: Path, tmp_path: Pat
     with pytest.raises(ProgramError, match="aaaa") as caught:
         load(replace(spec, settings={**settings, "base_digest": "bbbb"}))
     assert caught.value.kind == "bad_setting"
+
+
+def test_a_reward_model_is_measured_on_pairs_and_scores_answers_without_one(folder: Path, tmp_path: Path) -> None:
+    scoring = load_base(str(folder), torch.float32, score=True)
+    scoring.save_pretrained(tmp_path / "scoring")
+    (tmp_path / "scoring" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    pairs, rows = random_pairs(6), random_rows(3)
+    inputs = {
+        "model": tmp_path / "scoring",
+        "set.0": write_shards(tmp_path / "pairs", pairs, "preference"),
+        "set.1": write_shards(tmp_path / "rows", rows),
+    }
+    settings = {
+        "questions": [],
+        "bf16": False,
+        "shapes": ["preference", "chat"],
+        "measure": "reward",
+        "sets": ["0", "1"],
+    }
+    spec = Spec.read(write_spec(tmp_path, settings, inputs, {"per_device_eval_batch_size": 4}))
+    work(spec, Events(spec.events))
+    output = tmp_path / "output"
+    lines = read_lines(output / "rewards.0.jsonl")
+    assert [line["row"] for line in lines] == list(range(6))
+    results = json.loads((output / "results.json").read_text())
+    right = sum(line["chosen"] > line["rejected"] for line in lines)
+    assert results["reward_accuracy.0"] == {"value": right / 6, "right": right, "ties": 0, "rows": 6}
+    longer = sum(line["chosen_tokens"] > line["rejected_tokens"] for line in lines)
+    assert results["longer_is_better_accuracy.0"]["right"] == longer
+    by_length = [result for name, result in results.items() if name.startswith("reward_accuracy_")]
+    assert sum(result["rows"] for result in by_length) == 6
+    assert sum(each["rows"] for each in results["reward_calibration_error.0"]["bins"]) == 6
+    alone = read_lines(output / "rewards.1.jsonl")
+    assert [line["tokens"] for line in alone] == [sum(label != -100 for label in row["labels"]) for row in rows]
+    mean = math.fsum(line["score"] for line in alone) / 3
+    assert results["reward_score.1"]["value"] == pytest.approx(mean)
+    assert [name for name in results if name.endswith(".1")] == ["reward_score.1"]
+    assert size((output / "report" / "rewards.0.png").read_bytes()) == (990, 429)
+    assert not (output / "report" / "rewards.1.png").exists()
+    with pytest.raises(InputError, match="is no reward model"):
+        load(replace(spec, inputs={"model": str(folder)}))

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.train.compared import collate_pairs, with_answer_of
 from tasks.train.likelihood import sequence_logps
-from tasks.train.losses import PAIR_LOSSES, Pairs, bradley_terry, kto, log_odds, odds_ratio, sigmoid
-from tasks.train.objectives import PairPreference
+from tasks.train.losses import PAIR_LOSSES, Pairs, bradley_terry, kto, log_odds, odds_ratio, off_centre, sigmoid
+from tasks.train.objectives import PairPreference, RewardModelling
 from tasks.train.reference import Reference
-from tasks.train.reward import answer_scores
+from tasks.train.reward import answer_scores, load_scoring
 from tests.tiny import random_pairs, tiny_model
 
 torch.set_num_threads(1)
@@ -65,6 +65,16 @@ def test_marked_answers_have_these_losses() -> None:
 def test_a_margin_is_taken_off_the_lead_of_the_better_answer() -> None:
     assert bradley_terry(2 * ONE, ONE, 0 * ONE).item() == pytest.approx(0.313262, abs=1e-6)
     assert bradley_terry(2 * ONE, ONE, ONE).item() == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_scores_away_from_zero_cost_the_square_of_their_sum() -> None:
+    # 2 and 1: ln(1 + e^-1) + 0.01 x 9; 1.5 and -1.5 are around 0 already
+    chosen, rejected = tensor([2.0, 1.5], requires_grad=True), tensor([1.0, -1.5])
+    assert off_centre(chosen, rejected).tolist() == [9.0, 0.0]
+    losses = bradley_terry(chosen, rejected, tensor([0.0, 0.0])) + 0.01 * off_centre(chosen, rejected)
+    assert losses.tolist() == pytest.approx([0.403262, 0.048587], abs=1e-6)
+    losses.sum().backward()  # -sigma(-1) + 0.01 x 2 x 3, and -sigma(-3)
+    assert chosen.grad.tolist() == pytest.approx([-0.208941, -0.047426], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +157,36 @@ def test_every_loss_is_the_one_of_trl(models: tuple[Path, Path], tmp_path: Path,
     assert ours == pytest.approx(trl_loss(models, tmp_path, batch, name, smoothing), rel=1e-4)
 
 
+@pytest.mark.parametrize("coefficient", [None, 0.3])
+def test_the_loss_of_a_reward_model_is_the_one_of_trl(
+    models: tuple[Path, Path], tmp_path: Path, coefficient: float | None
+) -> None:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    batch = collate_pairs(rows())
+    batch.inputs["margin"] = tensor([0.0, 0.5, 1.0])
+    model = load_scoring(str(models[0]), torch.float32)
+    settings = {} if coefficient is None else {"center_rewards_coefficient": coefficient}
+    ours = RewardModelling(settings).sums(model, dict(batch.inputs)).loss["pairs"] / 3
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            output_dir=str(tmp_path),
+            center_rewards_coefficient=coefficient,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list([{"chosen_ids": [1, 2], "rejected_ids": [1, 3]}]),
+        processing_class=AutoTokenizer.from_pretrained(models[0]),
+    )
+    given = {name: batch.inputs[name] for name in ("input_ids", "attention_mask", "margin")}
+    given["input_ids"][given["attention_mask"] == 0] = model.config.pad_token_id  # by which TRL's model finds the end
+    assert ours.item() == pytest.approx(float(trainer.compute_loss(model, given)), rel=1e-5)
+
+
 def test_simpo_compares_likelihoods_per_token() -> None:
     # beta 2, gamma 0.5: mean log-probabilities -1 and -2 -> -log sigma(2 - 0.5)
     found = PAIR_LOSSES["simpo"](pairs(-4.0, -4.0), 2.0, 0.0, 0.5)
@@ -167,8 +207,6 @@ def test_the_answer_of_another_row_follows_this_rows_prompt() -> None:
 
 
 def test_a_score_is_read_at_the_last_trained_token_whatever_follows_it(models: tuple[Path, Path]) -> None:
-    from tasks.train.reward import load_scoring
-
     model = load_scoring(str(models[0]), torch.float32).eval()
     ids, end = [7, 8, 9, 260], 260
     with torch.no_grad():

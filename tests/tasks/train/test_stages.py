@@ -95,7 +95,8 @@ def test_a_few_steps_make_the_preferred_answers_more_likely(
 
 @pytest.mark.parametrize("stage", ["dpo", "kto", "orpo", "rm"])
 def test_a_step_does_not_depend_on_how_it_is_split(base: Path, tmp_path: Path, stage: str) -> None:
-    fields: dict[str, Any] = {"max_steps": 4} | ({} if stage in ("orpo", "rm") else {"pref_ftx": 0.5})
+    more = {"rm": {"center_rewards_coefficient": 0.1}, "orpo": {}}
+    fields: dict[str, Any] = {"max_steps": 4} | more.get(stage, {"pref_ftx": 0.5})
     ways = {
         "4 x 1": {"per_device_train_batch_size": 4},
         "2 x 2": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
