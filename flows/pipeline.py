@@ -120,7 +120,7 @@ def pipeline(
         return Completed(message=f"{made} steps made, {len(session.outcomes) - made} cached")
     if status == "cancelled":
         return Cancelled(message="stopped; finished steps and checkpoints are kept")
-    return Failed(message=str(session.error_text()))
+    return Failed(message="\n".join([str(session.error_text()), *session.failures()]))
 
 
 def _open(recipe: str | dict[str, Any], overrides: list[str], data_only: bool, write: Any) -> Session:
