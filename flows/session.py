@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -28,6 +28,7 @@ from tasks.program import classify
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
+CONCURRENT_STEPS = 4  # light steps side by side; heavy ones take turns (see Step.heavy)
 TRAINING_RESULTS = ("train_loss", "steps", "trained_tokens", "rewards/accuracies", "rewards/margins")
 
 
@@ -52,6 +53,7 @@ class Session:
         self.tree = MlflowTree(pipeline, self.tracker)
         self.record = RunRecord.start(home, pipeline.recipe.name)
         self._lock = threading.Lock()
+        self._light = threading.Semaphore(CONCURRENT_STEPS)
 
     def make(self, title: str, also: Callable[[Step, dict[str, Any]], None]) -> Outcome:
         """Do one step and tell everyone.
@@ -64,8 +66,13 @@ class Session:
             Interrupted: the run was asked to stop before the step began.
             What the step raises; it is remembered first.
         """
-        check_stop(self.stop)
         step = self.by_title[title]
+        with nullcontext() if step.heavy else self._light:
+            check_stop(self.stop)
+            return self._make(step, also)
+
+    def _make(self, step: Step, also: Callable[[Step, dict[str, Any]], None]) -> Outcome:
+        title = step.title
 
         def emit(event: dict[str, Any]) -> None:
             self.view.event(step, event)
