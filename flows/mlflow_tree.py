@@ -140,9 +140,15 @@ class MlflowTree:
         return {"mlflow_run_id": run_id} if outcome.state == "ran" else {}
 
     def end(self, status: str, results: dict[str, dict[str, float]]) -> None:
-        """Close the tree as FINISHED, FAILED or KILLED; the pipeline run shows every stage's results."""
+        """Close the tree as FINISHED, FAILED or KILLED; the pipeline run shows every stage's results.
+
+        A stage that is done is FINISHED, however the others ended.
+        """
         flat = {f"{stage}/{name}": value for stage, values in results.items() for name, value in values.items()}
         self._tracker.results(self._tracker.run_id, flat)
+        for name, stage in self._pipeline.stages.items():
+            if (stage.evaluated or stage.model).title in self._outcomes:
+                self._tracker.close(self.stage_runs.get(name), "FINISHED")
         self._tracker.close_all(status)
 
 

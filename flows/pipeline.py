@@ -6,6 +6,7 @@ Completed state named `Cached`, with Prefect's own result cache switched off: tw
 
 from __future__ import annotations
 
+import sys
 from contextvars import ContextVar
 from typing import Any
 
@@ -31,7 +32,7 @@ from tasks.steps import Step
 
 SESSION: ContextVar[Session | None] = ContextVar("llamatuner_session", default=None)
 RETRY_SECONDS = (1.0, 10.0)  # before the second and the third attempt; waited for here, where a stop request is heard
-CONCURRENT_STEPS = 4  # light steps side by side; heavy ones take turns (see Step.heavy)
+THREADS = sys.maxsize  # one per step: Prefect lets a task wait for its inputs in a thread of the pool
 
 
 def _worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
@@ -87,7 +88,7 @@ def make_step(title: str) -> State[Any]:
 @flow(
     name="pipeline",
     flow_run_name="{recipe_name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=CONCURRENT_STEPS),  # type: ignore[arg-type]
+    task_runner=ThreadPoolTaskRunner(max_workers=THREADS),  # type: ignore[arg-type]
     validate_parameters=True,
     persist_result=False,
 )
@@ -122,7 +123,7 @@ def pipeline(
         return Completed(message=f"{made} steps made, {len(session.outcomes) - made} cached")
     if status == "cancelled":
         return Cancelled(message="stopped; finished steps and checkpoints are kept")
-    return Failed(message=str(session.error_text()))
+    return Failed(message="\n".join([str(session.error_text()), *session.failures()]))
 
 
 def _open(recipe: str | dict[str, Any], overrides: list[str], data_only: bool, write: Any) -> Session:

@@ -109,7 +109,7 @@ def preview_page(stage: StageSteps, artifact: Artifact) -> None:
 
 
 def results_page(session: Session) -> None:
-    """Results per stage, where time went, and the MLflow run."""
+    """Results per stage, where time went, what did not run and why, and the MLflow run."""
     results = session.results()
     lines = ["| stage | metric | value |", "| --- | --- | --- |"]
     lines += [
@@ -117,5 +117,6 @@ def results_page(session: Session) -> None:
     ]
     lines += ["", "| step | state | time |", "| --- | --- | --- |"]
     lines += [f"| {title} | {o.state} | {duration(o.seconds)} |" for title, o in session.outcomes.items()]
+    lines += ["", *(f"* {line}" for line in session.failures())]
     lines += ["", f"MLflow run `{session.tracker.run_id}`, run record `{session.record.values['id']}`."]
     create_markdown_artifact("\n".join(lines), key="results", description="Results of this run")

@@ -60,7 +60,8 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
 
     APILogHandler().flush()
     deadline = time.monotonic() + SETTLE_SECONDS
-    ended = {f"{step['stage']}/{step['step']}": step["state"] for step in record.values.get("steps", [])}
+    steps = [step for step in record.values.get("steps", []) if step["state"] != "not_run"]
+    ended = {f"{step['stage']}/{step['step']}": step["state"] for step in steps}
     try:
         with get_client(sync_client=True) as client:
             while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -28,6 +28,7 @@ from tasks.program import classify
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
+CONCURRENT_STEPS = 4  # light steps side by side; heavy ones take turns (see Step.heavy)
 TRAINING_RESULTS = ("train_loss", "steps", "trained_tokens", "rewards/accuracies", "rewards/margins", "score", "kl")
 
 
@@ -52,6 +53,7 @@ class Session:
         self.tree = MlflowTree(pipeline, self.tracker)
         self.record = RunRecord.start(home, pipeline.recipe.name)
         self._lock = threading.Lock()
+        self._light = threading.Semaphore(CONCURRENT_STEPS)
 
     def make(self, title: str, also: Callable[[Step, dict[str, Any]], None]) -> Outcome:
         """Do one step and tell everyone.
@@ -64,8 +66,13 @@ class Session:
             Interrupted: the run was asked to stop before the step began.
             What the step raises; it is remembered first.
         """
-        check_stop(self.stop)
         step = self.by_title[title]
+        with nullcontext() if step.heavy else self._light:
+            check_stop(self.stop)
+            return self._make(step, also)
+
+    def _make(self, step: Step, also: Callable[[Step, dict[str, Any]], None]) -> Outcome:
+        title = step.title
 
         def emit(event: dict[str, Any]) -> None:
             self.view.event(step, event)
@@ -76,7 +83,8 @@ class Session:
         try:
             outcome = do(step, self.store, self.memory, self.stop, emit)
         except BaseException as error:
-            self.failed[title] = error
+            with self._lock:
+                self.failed[title] = error
             self.view.failed(step, error)
             raise
         with self._lock:
@@ -95,28 +103,50 @@ class Session:
             return "completed"
         return "cancelled" if self.stop.is_set() else "failed"
 
-    def error(self) -> BaseException | None:
-        """What went wrong first, an interruption aside."""
-        return next((e for e in self.failed.values() if not isinstance(e, Interrupted)), None)
+    def errors(self) -> dict[str, BaseException]:
+        """Step → what went wrong in it, interruptions aside; the first one first."""
+        return {title: error for title, error in self.failed.items() if not isinstance(error, Interrupted)}
 
     def error_text(self) -> str | None:
-        """What to tell the person about it: a full disk is named with its cure, whoever ran into it."""
-        error = self.error()
-        if error is None or isinstance(error, InputError | ProgramFailed):
-            return str(error) if error else None
-        kind, text = classify(error)
-        return text if kind == "disk_full" else str(error)
+        """What to tell the person, each cause once; a full disk is named with its cure, whoever ran into it."""
+        where: dict[str, list[str]] = {}
+        for title, error in self.errors().items():
+            where.setdefault(_told(error), []).append(title)
+        if len(where) == 1:
+            return next(iter(where))
+        return "\n".join(f"{', '.join(titles)}: {text}" for text, titles in where.items()) or None
+
+    def not_run(self) -> dict[str, list[str]]:
+        """Step that cannot run → the failed steps whose results it needs, directly or through others."""
+        errors, causes = self.errors(), dict[str, list[str]]()
+        for step in self.pipeline.steps:  # inputs come first
+            needed = [wanted.source.title for wanted in step.inputs.values() if isinstance(wanted.source, Step)]
+            found = {cause for title in needed for cause in ([title] if title in errors else causes.get(title, []))}
+            if found and step.title not in self.outcomes and step.title not in self.failed:
+                causes[step.title] = sorted(found)
+        return causes
+
+    def failures(self) -> list[str]:
+        """For each step that failed one line that names it and the steps that did not run because of it."""
+        waiting = self.not_run()
+        lines = []
+        for title in self.errors():
+            behind = [other for other, causes in waiting.items() if title in causes]
+            lines.append(f"{title} failed" + (f"; not run because of it: {', '.join(behind)}" if behind else ""))
+        return lines
 
     def steps_json(self) -> list[dict[str, Any]]:
-        """The steps reached, as `run --json` gives them."""
-        lines = []
+        """The steps reached, as `run --json` gives them, and those that cannot be reached any more."""
+        lines, waiting = [], self.not_run()
+        empty = {"key": None, "digest": None, "artifact": None, "seconds": None, "resumed_from": None}
         for step in self.pipeline.steps:
-            outcome = self.outcomes.get(step.title)
+            name, outcome = {"stage": step.stage, "step": step.name}, self.outcomes.get(step.title)
             if outcome:
                 lines.append(outcome_json(step, outcome))
             elif step.title in self.failed:
-                empty = {"key": None, "digest": None, "artifact": None, "seconds": None, "resumed_from": None}
-                lines.append({"stage": step.stage, "step": step.name, "state": "failed", **empty})
+                lines.append(name | {"state": "failed"} | empty)
+            elif step.title in waiting:
+                lines.append(name | {"state": "not_run"} | empty | {"because": waiting[step.title]})
         return lines
 
     def results(self) -> dict[str, dict[str, float]]:
@@ -137,6 +167,13 @@ class Session:
             change(**fields)
         except OSError as error:
             self.view.say(f"the run record could not be written: {error}")
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, InputError | ProgramFailed):
+        return str(error)
+    kind, text = classify(error)
+    return text if kind == "disk_full" else str(error)
 
 
 def outcome_json(step: Step, outcome: Outcome) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -21,8 +22,15 @@ from tasks.tracking import tracking_uri
 from tasks.training_estimate import memory_sentence
 
 
-def print_report(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome], home: Home, status: str) -> None:
-    """Everything a person wants to see at the end, in 80 columns."""
+def print_report(
+    console: Console,
+    pipeline: Pipeline,
+    outcomes: dict[str, Outcome],
+    home: Home,
+    status: str,
+    failures: Sequence[str] = (),
+) -> None:
+    """Everything a person wants to see at the end, in 80 columns; what failed, and what did not run, comes last."""
     console.print()
     _answers(console, pipeline, outcomes)
     _results(console, pipeline, outcomes)
@@ -30,6 +38,8 @@ def print_report(console: Console, pipeline: Pipeline, outcomes: dict[str, Outco
     _times(console, pipeline, outcomes)
     _model(console, pipeline, outcomes)
     _pages(console, home)
+    for line in failures:
+        console.print(Text(line, style="red"))
     console.print(Text(f"{pipeline.recipe.name}: {status}", style="bold"))
 
 

@@ -85,16 +85,16 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
             status = _flow(session)
     finally:
         view.close()
-    print_report(console, pipeline, session.outcomes, home, status)
+    print_report(console, pipeline, session.outcomes, home, status, session.failures())
     if as_json:
         flow_run = session.record.values.get("flow_run_id")
         _print(pipeline, session.outcomes, status, session.steps_json(), session.tracker.run_id, flow_run)
-    error = session.error()
+    errors = session.errors().values()
     if status == "cancelled":
         return INTERRUPTED
-    if error is not None:
+    if errors:
         say_error(str(session.error_text()))
-        return BAD_INPUT if isinstance(error, InputError) else FAILED
+        return BAD_INPUT if all(isinstance(error, InputError) for error in errors) else FAILED
     return DONE if status == "completed" else FAILED
 
 

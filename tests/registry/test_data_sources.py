@@ -242,7 +242,7 @@ def test_every_shipped_entry_is_valid_or_says_why_not() -> None:
     unusable = [name for name, entry in DATASETS.items() if "unusable" in entry.values]
     assert sorted(unusable) == ["hc3", "oasst1"]
     sources = [found(name) for name in DATASETS if name not in unusable]
-    assert len(sources) == 35
+    assert len(sources) == 38
     assert all(source.description for source in sources)
     assert all(source.licence or "no licence known" in source.description for source in sources)
     assert {source.formatting for source in sources} <= set(FORMATS)
