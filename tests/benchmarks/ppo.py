@@ -84,7 +84,7 @@ def floor(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> l
     roles = make_roles(spec, {})
     answers = [Answered(0, ids, [1] * NEW, False, None) for ids in prompt_ids(model)]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logps, _ = token_logps(roles.policy, make_inputs(answers, torch.device("cpu")), Sampling())
+        logps = token_logps(roles.policy, make_inputs(answers, torch.device("cpu")), Sampling())
     return [1.0, float(logps.isfinite().all())]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tasks.program import ProgramError, Spec
 from tasks.train.adapters import require_equal
+from tasks.train.fast_lora import speed_up
 from tasks.train.freezing import freeze
 from tasks.train.loading import Changes, load_base
 from tasks.train.lora import CLASSIFIER_NAMES, check_base
@@ -133,6 +134,8 @@ def make_roles(spec: Spec, changes: Changes) -> Roles:
             model.to(device)
     for judge in filter(None, (reward, critic)):
         judge.head.to(device)
+    if lora:
+        speed_up(policy)
     own = [reference.frozen, *(j.model for j in (critic, reward) if j and j.adapter is None)]
     return Roles(policy, reference, critic, reward, shared=all(model is None for model in own))
 

@@ -17,6 +17,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from tasks.train.fast_lora import few_rows
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -85,12 +87,11 @@ def choose(logits: Tensor, numbers: Tensor) -> Tensor:
         [b] int64: the first token up to which the probability is more than the number. One of probability 0 is never
         drawn.
     """
-    reached = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    reached = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     wanted = numbers.to(reached.device)[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, wanted, right=True).clamp(max=logits.shape[-1] - 1).squeeze(-1)
 
 
-@torch.no_grad()
 def draw_answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -115,6 +116,18 @@ def draw_answers(
     Returns:
         [b, n] int64 on the processor; `pad` behind the terminator.
     """
+    with torch.no_grad(), few_rows(model):
+        return _draw(model, prompts, numbers, sampling, stops, pad)
+
+
+def _draw(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    numbers: Tensor,
+    sampling: Sampling,
+    stops: frozenset[int],
+    pad: int,
+) -> Tensor:
     device = model.device
     longest, count = max(map(len, prompts)), numbers.shape[1]
     ids = torch.full((len(prompts), longest), pad)

@@ -4,7 +4,7 @@ One decision: answers are scored in the very micro-batches of the first update, 
 by nothing at all, and a ratio of 1 can be demanded to the bit.
 
 Legend: b answers of a micro-batch, s tokens of the longest prompt and answer, n tokens of the longest answer,
-k tokens of all its answers.
+k tokens of all its answers, v vocabulary.
 """
 
 from __future__ import annotations
@@ -83,18 +83,21 @@ def ends_of(inputs: dict[str, Any]) -> Tensor:
     return steps == (answered * steps).argmax(dim=1, keepdim=True)
 
 
-def token_logps(model: Any, inputs: dict[str, Any], sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the answers' tokens under the distribution they are drawn from, and its entropies.
-
-    Returns:
-        [k] float32 each, row by row; entropies without a gradient.
-    """
+def drawn_logits(model: Any, inputs: dict[str, Any], sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Logits of the distribution that the answers' tokens are drawn from, [k, v] float32, and the tokens, [k]."""
     logits, targets, _ = trained_logits(model, inputs)
-    logits = sampling.logits(logits, targets)
-    logps = -cross_entropy(logits, targets, reduction="none")
-    with torch.no_grad():
-        entropies = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
-    return logps, entropies
+    return sampling.logits(logits, targets), targets
+
+
+def token_logps(model: Any, inputs: dict[str, Any], sampling: Sampling) -> Tensor:
+    """[k] float32 log-probabilities of the answers' tokens, row by row."""
+    logits, targets = drawn_logits(model, inputs, sampling)
+    return -cross_entropy(logits, targets, reduction="none")
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """[k] float32, in nats, of distributions with logits [k, v]."""
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
 @torch.no_grad()
@@ -102,15 +105,17 @@ def score(roles: Roles, answers: Sequence[Answered], sampling: Sampling) -> list
     """Everything about the answers of a micro-batch that does not change while the policy learns from them."""
     inputs = make_inputs(answers, roles.policy.device)
     lengths = [len(item.answer) for item in answers]
-    logps, entropies = token_logps(roles.policy, inputs, sampling)
-    reference = roles.refer(lambda model: token_logps(model, inputs, sampling)[0])
+    logits, targets = drawn_logits(roles.policy, inputs, sampling)
+    logps, spread = -cross_entropy(logits, targets, reduction="none"), entropies(logits)
+    del logits
+    reference = roles.refer(lambda model: token_logps(model, inputs, sampling))
     with roles.critic.active():
         values = roles.critic(inputs, drawn_from(inputs))
     scores: list[float | None] = [None] * len(answers)
     if roles.reward is not None:
         with roles.reward.active():
             scores = list(roles.reward(inputs, ends_of(inputs)).tolist())
-    parts = [value.cpu().split(lengths) for value in (logps, reference, values, entropies)]
+    parts = [value.cpu().split(lengths) for value in (logps, reference, values, spread)]
     return [
         Scored(own.tolist(), other.tolist(), value.tolist(), float(entropy.sum()), found)
         for own, other, value, entropy, found in zip(*parts, scores, strict=True)

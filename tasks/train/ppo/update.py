@@ -188,7 +188,7 @@ class Update:
             inputs = self._inputs(experience, rows)
             before, advantages = self._taken(experience, rows, "logps", "advantages")
             with self.ranks.autocast():
-                logps, _ = token_logps(self.roles.policy, inputs, self.sampling)
+                logps = token_logps(self.roles.policy, inputs, self.sampling)
             losses, clipped = policy_loss(logps, before, advantages, self.settings["cliprange"])
             (losses.sum() / tokens).backward()
             with torch.no_grad():

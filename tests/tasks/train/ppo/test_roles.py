@@ -105,7 +105,7 @@ def test_the_reference_and_the_reward_model_stay_what_they_are_while_the_policy_
     roles = shared(tmp_path / "run", made)
     before = score(roles, ANSWERS, Sampling())
     plain = AutoModelForCausalLM.from_pretrained(made["base"])
-    bare, _ = token_logps(plain, make_inputs(ANSWERS, CPU), Sampling())
+    bare = token_logps(plain, make_inputs(ANSWERS, CPU), Sampling())
     torch.manual_seed(0)
     moved = [value for name, value in roles.policy.named_parameters() if ".default." in name or ".critic." in name]
     for value in moved:
@@ -131,7 +131,7 @@ def test_what_policy_and_critic_train_is_each_ones_own(made: dict[str, Path], tm
         roles.critic(inputs, drawn_from(inputs)).sum().backward()
     assert all(value.grad is not None for value in critic.values())
     assert all(value.grad is None for name, value in roles.policy.named_parameters() if ".critic." not in name)
-    token_logps(roles.policy, inputs, Sampling())[0].sum().backward()
+    token_logps(roles.policy, inputs, Sampling()).sum().backward()
     with_gradient = {name for name, value in roles.policy.named_parameters() if value.grad is not None}
     assert with_gradient == policy | (critic.keys() - {"score.weight"})
 

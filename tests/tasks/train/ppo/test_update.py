@@ -14,7 +14,7 @@ from tasks.train.ppo.advantages import RunningScores
 from tasks.train.ppo.experience import explained_variance, final_scores, learn_from
 from tasks.train.ppo.roles import Roles, make_roles
 from tasks.train.ppo.rollout import Sampling
-from tasks.train.ppo.scoring import Answered, make_inputs, score, token_logps
+from tasks.train.ppo.scoring import Answered, drawn_logits, entropies, make_inputs, score, token_logps
 from tasks.train.ppo.update import Moved, Update, micro_batches, mini_batches, policy_loss, value_loss
 from tests.tasks.train.ppo.runs import LOW, make_spec
 from tests.tiny import tiny_model
@@ -104,17 +104,19 @@ def test_gradients_do_not_depend_on_how_a_mini_batch_is_split(base: Path, tmp_pa
 def test_log_probabilities_are_those_of_a_plain_slow_loop(base: Path, tmp_path: Path) -> None:
     roles = roles_of(tmp_path / "run", base)
     sampling = Sampling(temperature=0.7, top_k=50)
-    found, entropies = token_logps(roles.policy, make_inputs(ANSWERS, torch.device("cpu")), sampling)
+    logits, targets = drawn_logits(roles.policy, make_inputs(ANSWERS, torch.device("cpu")), sampling)
+    found = token_logps(roles.policy, make_inputs(ANSWERS, torch.device("cpu")), sampling)
+    assert targets.tolist() == [token for item in ANSWERS for token in item.answer]
     slow, slow_entropies = [], []
     for item in ANSWERS:
         for at, token in enumerate(item.answer):
             ids = torch.tensor([item.prompt + item.answer[:at]])
-            logits = sampling.logits(roles.policy(input_ids=ids).logits[0, -1:].detach(), torch.tensor([token]))[0]
-            shares = logits.softmax(0)
+            alone = sampling.logits(roles.policy(input_ids=ids).logits[0, -1:].detach(), torch.tensor([token]))[0]
+            shares = alone.softmax(0)
             slow.append(float(shares[token].log()))
             slow_entropies.append(-sum(float(share * share.log()) for share in shares if share > 0))
     assert found.tolist() == pytest.approx(slow, abs=1e-5)
-    assert entropies.tolist() == pytest.approx(slow_entropies, abs=1e-4)
+    assert entropies(logits).tolist() == pytest.approx(slow_entropies, abs=1e-4)
 
 
 def test_the_first_pass_of_a_step_has_a_ratio_of_exactly_1_and_another_policy_is_noticed(

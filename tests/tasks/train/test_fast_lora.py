@@ -1,0 +1,79 @@
+"""The quicker forward of LoRA layers has PEFT's values and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tasks.train.fast_lora import few_rows, speed_up
+from tests.tiny import tiny_model
+
+torch.set_num_threads(1)
+IDS = torch.tensor([[72, 105, 33, 7, 9], [1, 2, 3, 4, 5]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("fast") / "base")
+
+
+def adapted(base: Path, **fields: Any) -> Any:
+    """A model with two adapters of other ranks, whose matrices are all not 0."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **fields)
+    )
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(0)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data.normal_(std=0.3)
+    return model
+
+
+def logits_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    logits = model(input_ids=IDS, use_cache=False).logits
+    logits.logsumexp(-1).sum().backward()
+    return logits.detach(), {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("adapter", ["default", "other"])
+def test_values_and_gradients_are_those_of_peft(base: Path, adapter: str) -> None:
+    plain, fast = adapted(base), adapted(base)
+    assert speed_up(fast) == 14
+    for model in (plain, fast):
+        model.base_model.set_adapter(adapter)
+    wanted, gradients = logits_and_gradients(plain)
+    found, others = logits_and_gradients(fast)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert others.keys() == gradients.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(others[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_without_an_adapter_it_is_the_base_to_the_bit(base: Path) -> None:
+    model = adapted(base)
+    speed_up(model)
+    alone = AutoModelForCausalLM.from_pretrained(base)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, alone(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("fields", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_is_not_plain_keeps_pefts_own_forward(base: Path, fields: dict[str, Any]) -> None:
+    assert speed_up(adapted(base, **fields)) == 0
+
+
+def test_few_rows_from_the_other_side_have_the_same_values_and_leave_no_trace(base: Path) -> None:
+    model = adapted(base).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=IDS).logits
+        with few_rows(model):
+            torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model(input_ids=IDS).logits, wanted)
+    assert not any("forward" in vars(module) for module in model.modules())
