@@ -70,18 +70,39 @@ def few_rows(model: Any) -> Iterator[None]:
     if model.device.type != "cpu":
         yield
         return
-    changed = [module for module in model.modules() if type(module) is nn.Linear and module.bias is None]
-    for module in changed:
-        module.forward = partial(_from_the_left, module)
+    before = {module: vars(module).get("forward") for module in model.modules()}
+    for module in before:
+        if type(before[module]) is partial and before[module].func is _forward:
+            _take_over(module, before[module])
+        elif type(module) is nn.Linear and module.bias is None:
+            module.forward = partial(_from_the_left, module.weight, None, None, partial(linear, weight=module.weight))
     try:
         yield
     finally:
-        for module in changed:
-            del module.forward
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
-def _from_the_left(layer: nn.Linear, x: Tensor) -> Tensor:
+def _take_over(layer: Any, usual: Any) -> None:
+    """Multiply a plain LoRA layer's matrices from the other side, while its one active adapter stays as it is."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or len(active) != 1 or layer.base_layer.bias is not None or layer.merged:
+        return
+    (name,) = active
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if down.dtype == layer.base_layer.weight.dtype:
+        layer.forward = partial(_from_the_left, layer.base_layer.weight, down * layer.scaling[name], up, usual)
+
+
+def _from_the_left(weight: Tensor, down: Tensor | None, up: Tensor | None, usual: Any, x: Tensor) -> Tensor:
+    """(W xᵀ + B (s A) xᵀ)ᵀ where there are few rows x; else what is usual."""
     rows = x.numel() // x.shape[-1]
     if rows > FEW_ROWS or torch.is_autocast_enabled(x.device.type):
-        return linear(x, layer.weight)
-    return (layer.weight @ x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
+        return usual(x)
+    columns = x.reshape(rows, -1).t()
+    result = weight @ columns
+    if down is not None and up is not None:
+        result.addmm_(up, down @ columns)
+    return result.t().reshape(*x.shape[:-1], -1)
