@@ -39,7 +39,7 @@ def problems(raw: Any, overrides: list[str] | None = None) -> str:
 
 def test_every_shipped_recipe_is_valid() -> None:
     found = [load_recipe(name) for name in RECIPES]
-    assert [r.name for r in found] == ["demo", "orpo", "pt_sft_dpo", "sft_dpo", "sft_kto"]
+    assert [r.name for r in found] == ["demo", "orpo", "pt_sft_dpo", "sft_dpo", "sft_kto", "sft_rm_ppo"]
 
 
 def test_all_errors_of_a_recipe_come_at_once_each_with_its_place(data: Path) -> None:
