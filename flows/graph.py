@@ -96,8 +96,10 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
             merged = merge_step(settings.name, label, start.model, given, "merge:adapter")
             start = replace(start, model=Input(merged))
         reference = None
-        if settings.train.ref_model is not None:
-            reference = _start(settings.train.ref_model, settings, stages, recipe, home).model
+        named = settings.train.ref_model
+        if named is not None:
+            where = f"stages.{settings.name}.ref_model"
+            reference = Input(stages[named].model) if named in stages else _named_model(named, where, home)
         rewards = _rewards(settings, start, stages, home)
         steps = _stage(recipe, settings, start, reference, rewards, memory)
         if steps.evaluated and recipe.evaluation.compare_with == "base" and STAGES[settings.train.stage].makes_text:
@@ -118,6 +120,18 @@ def settled(settings: StageSettings) -> StageSettings:
     """The settings of a stage with the number of processes: as set, or one per visible CUDA device."""
     processes = settings.train.nproc_per_node or max(1, len(cuda_devices()))
     return replace(settings, train=settings.train.model_copy(update={"nproc_per_node": processes}))
+
+
+def _named_model(named: str, where: str, home: Home) -> Input:
+    """A model by registry name, hub id or folder.
+
+    Raises:
+        InputError: there is none; named by the key it was written under.
+    """
+    try:
+        return base_input(named, "main", home)[0]
+    except InputError as error:
+        raise InputError([replace(problem, where=where) for problem in error.problems]) from error
 
 
 def _start(
@@ -169,7 +183,7 @@ def _rewards(settings: StageSettings, start: Start, stages: dict[str, StageSteps
         folder = Path(named)
         if (folder / "adapter_config.json").is_file():
             return {"reward_adapter": Input(LocalFolder(folder))}
-        return {"reward_model": base_input(named, "main", home)[0]}
+        return {"reward_model": _named_model(named, where, home)}
     other = stages[named]
     if other.settings.train.stage != "rm":
         rule = f"stage {named} is of kind {other.settings.train.stage}, and makes no reward model"

@@ -116,8 +116,8 @@ def _stage(pipeline: Pipeline, wanted: Wanted) -> str:
         InputError: no such stage, or one without an adapter where an adapter is wanted.
     """
     names = list(pipeline.stages)
-    begun = {steps.settings.model.model for steps in pipeline.stages.values()}
-    ends = [name for name in names if name not in begun]
+    used = {named for steps in pipeline.stages.values() for named in steps.settings.references().values()}
+    ends = [name for name in names if name not in used]
     if wanted.stage is None and len(ends) > 1:
         raise InputError(Problem("--stage", f"{pipeline.recipe.name} ends with {' and '.join(ends)}", "Name one."))
     stage = wanted.stage or ends[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows.cli.exporting import Wanted, _stage
 from flows.graph import Pipeline, build
 from registry.errors import InputError
 from registry.home import Home
@@ -87,3 +88,14 @@ def test_prompts_are_rows_of_prompts(folder: Path) -> None:
     stage = rlhf(folder).stages["ppo"]
     assert stage.rendered.identity["shape"] == "prompt"
     assert stage.tokenized.identity["packing"] is False
+
+
+def test_a_model_that_is_not_there_is_named_by_its_key(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"stages\.ppo\.reward_model: the folder /no/such does not exist"):
+        rlhf(folder, reward_model="/no/such")
+    with pytest.raises(InputError, match=r"stages\.ppo\.ref_model: the folder /no/such does not exist"):
+        rlhf(folder, ref_model="/no/such")
+
+
+def test_a_reward_model_is_not_where_a_chain_ends(folder: Path) -> None:
+    assert _stage(rlhf(folder), Wanted()) == "ppo"
