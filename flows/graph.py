@@ -20,7 +20,7 @@ from tasks.render import render_step
 from tasks.shards import shape_of, tokenize_step
 from tasks.steps import Input, LocalFolder, Step, require_folder, upstream
 from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
-from tasks.training import merge_step, train_step
+from tasks.training import REWARD_ADAPTER, REWARD_MODEL, merge_step, train_step
 
 BASE = "base"
 DATA_STEPS = ("model", "download", "fetch", "render", "tokenize")
@@ -182,8 +182,8 @@ def _rewards(settings: StageSettings, start: Start, stages: dict[str, StageSteps
     if named not in stages:
         folder = Path(named)
         if (folder / "adapter_config.json").is_file():
-            return {"reward_adapter": Input(LocalFolder(folder))}
-        return {"reward_model": _named_model(named, where, home)}
+            return {REWARD_ADAPTER: Input(LocalFolder(folder))}
+        return {REWARD_MODEL: _named_model(named, where, home)}
     other = stages[named]
     if other.settings.train.stage != "rm":
         rule = f"stage {named} is of kind {other.settings.train.stage}, and makes no reward model"
@@ -191,8 +191,8 @@ def _rewards(settings: StageSettings, start: Start, stages: dict[str, StageSteps
     methods = {settings.train.finetuning_type, other.settings.train.finetuning_type}
     same = other.trained.inputs["base"].source == start.model.source and not other.settings.train.additional_target
     if same and methods == {"lora"}:
-        return {"reward_adapter": Input(other.trained)}
-    return {"reward_model": Input(other.model)}
+        return {REWARD_ADAPTER: Input(other.trained)}
+    return {REWARD_MODEL: Input(other.model)}
 
 
 def _stage(

@@ -23,6 +23,7 @@ TRAIN_VERSION = 1  # first form
 MERGE_VERSION = 1  # first form
 PROGRAMS = dict.fromkeys(DRAWING, "tasks.train.ppo.program")
 """Stage → its program, where that is not the one that trains on given rows."""
+REWARD_MODEL, REWARD_ADAPTER = "reward_model", "reward_adapter"  # inputs of a step that draws answers
 REWARD_FILES = ("*.safetensors", "*.json")
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "vocab*", "merges*", "tokenizer*")
 TOO_LITTLE_MEMORY = (

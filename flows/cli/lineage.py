@@ -26,6 +26,7 @@ from tasks.fetch import KEPT_BACK, ROWS
 from tasks.fingerprint import fingerprint
 from tasks.preview import steps_behind
 from tasks.steps import Step, upstream
+from tasks.training import REWARD_ADAPTER, REWARD_MODEL
 
 Artifacts = Mapping[str, Artifact]
 """Step title → its artifact."""
@@ -145,6 +146,8 @@ def _starts_from(steps: StageSteps, trained: Artifact) -> str:
         text += ", with an adapter merged into it first"
     if "reference" in inputs:
         text += f", compared with the model of digest {inputs['reference']['digest']}"
+    for name in (name for name in (REWARD_MODEL, REWARD_ADAPTER) if name in inputs):
+        text += f", its answers scored by {settings.train.reward_model} (digest {inputs[name]['digest']})"
     return text
 
 

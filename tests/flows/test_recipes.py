@@ -7,6 +7,7 @@ them have is trained once.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ def test_a_recipe_runs_whole_and_then_there_is_nothing_to_do(name: str, place: P
     again, _ = ask(capsys, "run", recipe)
     assert (again["status"], again["results"]) == ("up-to-date", first["results"])
     assert titles(again, "cached") == set(states(first))
+
+
+def test_the_card_of_a_policy_says_what_scored_its_answers(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    recipe = write_twin(twin("sft_rm_ppo", place / "model"), place)
+    ask(capsys, "run", recipe)
+    ask(capsys, "export", recipe, "--to", str(tmp_path / "policy"))
+    card = (tmp_path / "policy" / "README.md").read_text()
+    assert re.search(r"\| ppo/train \| ppo, lora, from sft, its answers scored by rm \(digest [0-9a-f]{64}\)", card)
 
 
 def test_sft_kto_finds_the_sft_of_sft_dpo_done(place: Path, capsys: Capture) -> None:

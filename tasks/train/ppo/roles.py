@@ -28,9 +28,9 @@ from tasks.train.model import build_model, make_reference
 from tasks.train.output import ADAPTER_WEIGHTS
 from tasks.train.reference import ADAPTER, Reference, without_dropout
 from tasks.train.reward import SCORE_HEAD
+from tasks.training import REWARD_ADAPTER, REWARD_MODEL
 
 REWARD, CRITIC = "reward", "critic"  # names of adapters, beside the policy's
-REWARD_MODEL, REWARD_ADAPTER = "reward_model", "reward_adapter"  # inputs of the step
 HEAD_IN_FILE = f"base_model.model.{SCORE_HEAD}.weight"
 
 
