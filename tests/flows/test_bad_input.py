@@ -14,7 +14,11 @@ from tasks.devices import slow_bf16
 from tests.flows.refusals import nothing_begun, refusal, write_lines
 
 SETTINGS: list[tuple[str, str, list[str]]] = [
-    ("unknown key", "stages.sft.lerning_rate=1", ["stages.sft.lerning_rate: unknown key. Did you mean learning_rate?"]),
+    (
+        "unknown key",
+        "stages.sft.lerning_rate=1",
+        ["stages.sft.lerning_rate: unknown key. Did you mean learning_rate or critic_learning_rate?"],
+    ),
     (
         "LLaMA-Factory's key of an export",
         "export_dir=out",
