@@ -24,11 +24,12 @@ from tasks.locks import locked
 EXPERIMENT = "llamatuner"
 RUN_TAG = "llamatuner.run"  # on every run of a tree: the id of the run record
 LONGEST_PARAM = 500  # characters; the whole settings are kept as an artifact
+TRACKING_URI = "MLFLOW_TRACKING_URI"  # of the environment
 
 
 def tracking_uri(home: Home) -> str:
     """Where MLflow keeps runs: MLFLOW_TRACKING_URI, or SQLite under the home."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.mlflow / 'mlflow.db'}"
+    return os.environ.get(TRACKING_URI) or f"sqlite:///{home.mlflow / 'mlflow.db'}"
 
 
 class Tracker:
@@ -225,7 +226,7 @@ class Tracker:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 _create_registered_model(client, name)
-            mlflow.set_tracking_uri(tracking_uri(self._home))
+            _set_tracking_uri(tracking_uri(self._home))
             tags = {
                 "llamatuner.digest": model.digest,
                 "llamatuner.key": model.key,
@@ -247,6 +248,19 @@ class Tracker:
         with locked(self._home.locks / "mlflow-register.lock"):  # two runs with one model would register it twice
             found: str | None = self._try(action)
         return found
+
+
+def _set_tracking_uri(uri: str) -> None:
+    """Tell MLflow's functions where runs are kept, and leave the environment as it was: MLflow writes the address into
+    it, where the next run of this process, whose home may be another, would take it for a server that somebody set."""
+    import mlflow
+
+    before = os.environ.get(TRACKING_URI)
+    mlflow.set_tracking_uri(uri)
+    if before is None:
+        os.environ.pop(TRACKING_URI, None)
+    else:
+        os.environ[TRACKING_URI] = before
 
 
 def _create_registered_model(client: Any, name: str) -> None:
@@ -287,7 +301,7 @@ def end_dead_run(home: Home, record_id: str, status: str) -> None:
         record_id: of the run record; found by tag, since a process can die before it wrote down any id of MLflow's.
         status: FAILED or KILLED.
     """
-    if "MLFLOW_TRACKING_URI" not in os.environ and not (home.mlflow / "mlflow.db").exists():
+    if TRACKING_URI not in os.environ and not (home.mlflow / "mlflow.db").exists():
         return
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow.tracking import MlflowClient

@@ -7,7 +7,9 @@ them have is trained once.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(shared: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, with the environment set for a run in this process."""
+def place(shared: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The same, with the environment set for a run in this process, which leaves nothing in it."""
     monkeypatch.setenv("LLAMATUNER_HOME", str(shared / "home"))
     monkeypatch.setenv("PREFECT_API_URL", server.url)
     work_here(monkeypatch)
-    return shared
+    yield shared
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def ask(capsys: Capture, *arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:
