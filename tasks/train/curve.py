@@ -11,6 +11,18 @@ from pathlib import Path
 from typing import Any
 
 
+def new_figure() -> tuple[Any, Any]:
+    """A figure and its axes, with room on both sides for a scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.0), dpi=110)
+    figure.subplots_adjust(0.11, 0.13, 0.89, 0.9)  # fixed: to measure every text first takes as long as to draw
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    return figure, axes
+
+
 def draw_curve(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
     """Draw loss (left) and learning rate (right) over optimizer steps.
 
@@ -19,13 +31,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> 
         path: the PNG to write.
         title: shown above the curve.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.0), dpi=110)
-    figure.subplots_adjust(0.11, 0.13, 0.89, 0.9)  # fixed: to measure every text first takes as long as to draw
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure()
     steps = [line["step"] for line in lines]
     losses = [line["loss"] for line in lines]
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1.0, marker="." if len(steps) < 30 else None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.train.curve import smooth
+from tasks.train.curve import new_figure, smooth
 
 
 def draw_scores(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
@@ -17,13 +17,7 @@ def draw_scores(lines: Sequence[dict[str, Any]], path: Path, title: str = "") ->
         path: the PNG to write.
         title: shown above the curves.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.0), dpi=110)
-    figure.subplots_adjust(0.11, 0.13, 0.89, 0.9)  # fixed: to measure every text first takes as long as to draw
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure()
     steps, scores = [line["step"] for line in lines], [line["score"] for line in lines]
     low, high = ([line["score"] + sign * line["score_std"] for line in lines] for sign in (-1, 1))
     axes.fill_between(steps, low, high, color="tab:blue", alpha=0.12, linewidth=0)
