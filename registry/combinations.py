@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from registry.method_records import LoraSettings
+from registry.online_records import OnlineSettings, PpoSettings
 from registry.optimizers import OPTIMIZERS
-from registry.ppo_records import PpoSettings
 
 SET, UNSET = ("set",), ("unset",)  # instead of a tuple of values: anything but nothing, 0, False; or just those
 Condition = Mapping[str, tuple[Any, ...]]
 COMPARING = ("rm", "dpo", "kto", "orpo")
-DRAWING = ("ppo",)
-WITH_REFERENCE = ("dpo", "kto", *DRAWING)
+WITHOUT_CRITIC = ("grpo", "rloo")
+ONLINE = ("ppo", *WITHOUT_CRITIC)
+WITH_REFERENCE = ("dpo", "kto", *ONLINE)
 ROWS_GIVEN = ("pt", "sft", *COMPARING)
 WHOLE_MATRICES = tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.whole_matrices)
 
@@ -68,8 +69,10 @@ NEEDS: tuple[Need, ...] = (
     Need(("center_rewards_coefficient",), {"center_rewards_coefficient": SET}, refused=False),
     Need(("early_stopping_steps", "load_best_model_at_end"), {"eval_steps": SET}),
     Need(("ref_model",), {"stage": WITH_REFERENCE}),
-    Need(tuple(PpoSettings.model_fields), {"stage": DRAWING}),
-    Need(("critic_learning_rate",), {"stage": DRAWING}),
+    Need(tuple(OnlineSettings.model_fields), {"stage": ONLINE}),
+    Need(tuple(PpoSettings.model_fields), {"stage": ("ppo",)}),
+    Need(("num_generations",), {"stage": WITHOUT_CRITIC}),
+    Need(("scale_rewards", "loss_type"), {"stage": ("grpo",)}),
     Need(("mask_history", "train_on_prompt", "cut_answers", "val_size"), {"stage": ROWS_GIVEN}),
     Need(("eval_steps", "neftune_noise_alpha"), {"stage": ROWS_GIVEN}),
     Need(("deepspeed",), {"deepspeed": SET}, refused=False),
@@ -159,65 +162,65 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "packing",
-        {"packing": (True,), "stage": DRAWING},
+        {"packing": (True,), "stage": ONLINE},
         "every prompt is answered on its own, a packed sequence holds several",
         "Remove packing.",
     ),
     Refusal(
         "overlong",
-        {"overlong": ("truncate",), "stage": DRAWING},
+        {"overlong": ("truncate",), "stage": ONLINE},
         "a prompt that is cut behind has lost the place where its answer begins",
         "Use overlong: drop.",
     ),
     Refusal(
         "lora_dropout",
-        {"lora_dropout": SET, "stage": DRAWING},
+        {"lora_dropout": SET, "stage": ONLINE},
         "dropout would move the probabilities of a step's answers before anything is learned",
         "Remove lora_dropout.",
     ),
     Refusal(
         "loraplus_lr_ratio",
-        {"loraplus_lr_ratio": SET, "stage": DRAWING},
-        "policy and critic have one learning rate each",
+        {"loraplus_lr_ratio": SET, "stage": ONLINE},
+        "the policy has one learning rate, and so has the critic",
         "Remove loraplus_lr_ratio.",
     ),
     Refusal(
         "pissa_init",
-        {"pissa_init": (True,), "stage": DRAWING},
+        {"pissa_init": (True,), "stage": ONLINE},
         "the reward model and the reference need the base as it was, and pissa_init takes values out of it",
         "Remove pissa_init.",
     ),
     Refusal(
         "additional_target",
-        {"additional_target": SET, "stage": DRAWING},
-        "the reference, the critic and the reward model share the base, and these modules would be the policy's alone",
+        {"additional_target": SET, "stage": ONLINE},
+        "the reference and the judges share the base, and these modules would be the policy's alone",
         "Remove additional_target.",
     ),
     *(
         Refusal(
             launcher,
-            {launcher: SET, "stage": DRAWING},
-            f"answers are drawn from the whole model, which {launcher} divides among processes",
+            {launcher: SET, "stage": ONLINE},
+            f"two models may learn, and {launcher} divides the memory of one",
             f"Remove {launcher}; several processes share out the answers without it.",
         )
         for launcher in ("deepspeed", "fsdp")
     ),
     Refusal(
         "resume_from_checkpoint",
-        {"resume_from_checkpoint": SET, "stage": DRAWING},
+        {"resume_from_checkpoint": SET, "stage": ONLINE},
         "a run of this stage goes on by the same command, from its own newest checkpoint only",
         "Remove resume_from_checkpoint.",
     ),
     Refusal(
         "reward_model",
-        {"stage": DRAWING, "reward_model": UNSET, "reward_funcs": UNSET},
+        {"stage": ONLINE, "reward_model": UNSET, "reward_funcs": UNSET},
         "nothing says what a good answer is",
         "Set reward_model to a stage or a model, or reward_funcs.",
     ),
     *(
-        Refusal("optim", {"optim": (name,), "stage": DRAWING}, reason, "Use optim: adamw_torch_fused.")
+        Refusal("optim", {"optim": (name,), "stage": ONLINE}, reason, "Use optim: adamw_torch_fused.")
         for name, optimizer in OPTIMIZERS.items()
-        for reason in ("this optimizer projects the gradients of whole matrices of one model; here two are trained",)
+        for reason in ("this optimizer projects the gradients of whole matrices of one model; here two may learn",)
         if optimizer.whole_matrices and not optimizer.refused
     ),
     Refusal(
@@ -315,6 +318,19 @@ def refused(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for rule in REFUSALS:
         if holds(rule.when, settings):
             yield rule.setting, rule.reason, rule.cure
+    yield from _uneven_groups(settings)
+
+
+def _uneven_groups(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """A step has whole groups of answers, all of the same size."""
+    if settings.get("stage") in WITHOUT_CRITIC:
+        batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+        answers = batch * (settings["nproc_per_node"] or 1) * settings["ppo_buffer_size"]
+        size = settings["num_generations"]
+        if answers % size:
+            rule = f"the {answers} answers of a step cannot be dealt out to prompts with {size} each"
+            cure = f"Make per device x accumulation x processes x ppo_buffer_size a multiple of {size}, e.g. {size}."
+            yield "num_generations", rule, cure
 
 
 def _words(key: str, values: tuple[Any, ...]) -> str:

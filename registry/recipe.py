@@ -49,6 +49,8 @@ ALIASES = {
     "quantization_bit": "quant_bit",
     "quantization_type": "quant_type",
     "double_quant": "double_quantization",
+    "max_completion_length": "max_new_tokens",
+    "num_iterations": "ppo_epochs",
 }
 EXPORT_OPTIONS = {"export_dir": "--to", "export_size": "--max-shard-size", "export_hub_model_id": "--push-to-hub"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")

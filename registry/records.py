@@ -16,7 +16,7 @@ from registry.combinations import without_effect
 from registry.deepspeed import deepspeed_config
 from registry.loss_records import LossSettings
 from registry.method_records import MethodSettings
-from registry.ppo_records import PpoSettings
+from registry.online_records import GroupSettings, OnlineSettings, PpoSettings
 from registry.record import FullShard, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
 from registry.reward_rules import short_name
 
@@ -136,7 +136,7 @@ class DataSettings(Record):
     """Largest share of rows that may be left out before the run ends with an error."""
 
 
-class TrainSettings(MethodSettings, LossSettings, PpoSettings):
+class TrainSettings(MethodSettings, LossSettings, OnlineSettings, PpoSettings, GroupSettings):
     """How the weights are moved."""
 
     stage: str = "sft"
@@ -186,7 +186,7 @@ class TrainSettings(MethodSettings, LossSettings, PpoSettings):
     def resolved(self) -> dict[str, Any]:
         """The settings that others decide when they are not given."""
         own = {"critic_learning_rate": self.critic_learning_rate or self.learning_rate}
-        return MethodSettings.resolved(self) | PpoSettings.resolved(self) | own
+        return MethodSettings.resolved(self) | OnlineSettings.resolved(self) | own
 
     def identity(self) -> dict[str, Any]:
         """The settings that change the weights: derived values filled in, those without effect left out.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from registry.core import Registry
 from registry.errors import InputError, Problem
-from registry.ppo_records import RewardSettings
+from registry.online_records import RewardSettings
 
 Score = Callable[[str, int, bool, str | None, int], float]
 """Text, tokens, whether it has its terminator, the data set's answer, most tokens → score."""

@@ -46,6 +46,24 @@ STAGES: Registry[Stage] = Registry(
             "ppo",
             Stage("prompt", "Proximal policy optimisation of drawn answers (Schulman et al. 2017, arXiv:1707.06347)."),
         ),
+        (
+            "grpo",
+            Stage(
+                "prompt",
+                "Drawn answers compared within a group: group relative policy optimisation (Shao et al. 2024, "
+                "arXiv:2402.03300).",
+                defaults={"ppo_epochs": 1},
+            ),
+        ),
+        (
+            "rloo",
+            Stage(
+                "prompt",
+                "Drawn answers compared with the others: REINFORCE leave-one-out (Ahmadian et al. 2024, "
+                "arXiv:2402.14740).",
+                defaults={"ppo_epochs": 1},
+            ),
+        ),
         ("orpo", Stage("preference", "Odds ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691).")),
     ],
 )

@@ -8,8 +8,9 @@ repeats nobody (a sampler sharded per process fills up with rows from the beginn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -34,25 +35,46 @@ class BatchPlan:
     """Training processes."""
     seed: int
     """Seed of the order."""
+    generations: int = 1
+    """Sequences that are made of each row: answers to a prompt."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], rows: int, per_device: int, processes: int) -> BatchPlan:
+        """The arithmetic of a training.
+
+        Args:
+            settings: `TrainSettings.identity()`.
+            rows: sequences in the shards.
+            per_device: sequences of a forward pass; fewer than the settings say where memory ran out, in as many more.
+            processes: of all machines.
+        """
+        parts = settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // per_device
+        parts *= settings.get("ppo_buffer_size", 1)
+        return cls(rows, per_device, parts, processes, settings["seed"], settings.get("num_generations", 1))
 
     def global_batch(self) -> int:
-        """Sequences per optimizer step."""
+        """Sequences per step."""
         return self.per_device * self.accumulation * self.processes
 
+    def rows_per_step(self) -> int:
+        """Rows they are made of; the last step of an epoch may have fewer."""
+        return self.global_batch() // self.generations
+
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows; the last one may be short."""
-        return math.ceil(self.rows / self.global_batch())
+        """Steps in one pass over the rows; the last one may be short."""
+        return math.ceil(self.rows / self.rows_per_step())
 
     def total_steps(self, max_steps: int | None, epochs: float | None) -> int:
-        """Optimizer steps of the run: `max_steps`, or what `epochs` passes need, rounded up."""
+        """Steps of the run: `max_steps`, or what `epochs` passes need, rounded up."""
         return max_steps if max_steps is not None else math.ceil((epochs or 0.0) * self.steps_per_epoch())
 
     def sentence(self, total: int) -> str:
         """The arithmetic, said once at the start."""
         one = "process" if self.processes == 1 else "processes"
+        each = f", {self.generations} for each row" if self.generations > 1 else ""
         return (
             f"{self.per_device} per device x {self.accumulation} accumulation x {self.processes} {one} = "
-            f"{self.global_batch()} sequences per step; {self.rows} sequences, "
+            f"{self.global_batch()} sequences per step{each}; {self.rows} {'rows' if each else 'sequences'}, "
             f"{self.steps_per_epoch()} steps per epoch; total {total} steps"
         )
 
@@ -66,7 +88,7 @@ class BatchPlan:
         Five rows, 2 in a step, order 3 0 4 1 2: step 3 has `[2]`, step 4 begins the next epoch.
         """
         epoch, number = divmod(step - 1, self.steps_per_epoch())
-        return self.order(epoch)[number * self.global_batch() : (number + 1) * self.global_batch()]
+        return self.order(epoch)[number * self.rows_per_step() : (number + 1) * self.rows_per_step()]
 
     def micro_batches(self, epoch: int, process: int) -> Iterator[list[int]]:
         """The rows of each forward pass of one process.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from registry.combinations import DRAWING
+from registry.combinations import ONLINE
 from registry.recipe import StageSettings
 from registry.reward_rules import code_file, is_code, short_name
 from tasks.digests import sha256_file
@@ -21,7 +21,7 @@ from tasks.train.given import GIVEN, GIVEN_WEIGHTS
 
 TRAIN_VERSION = 1  # first form
 MERGE_VERSION = 1  # first form
-PROGRAMS = dict.fromkeys(DRAWING, "tasks.train.ppo.program")
+PROGRAMS = dict.fromkeys(ONLINE, "tasks.train.online.program")
 """Stage → its program, where that is not the one that trains on given rows."""
 REWARD_MODEL, REWARD_ADAPTER = "reward_model", "reward_adapter"  # inputs of a step that draws answers
 REWARD_FILES = ("*.safetensors", "*.json")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 
-from registry.combinations import DRAWING
+from registry.combinations import ONLINE
 from tasks.architecture import Architecture
 from tasks.batch_plan import BatchPlan
 from tasks.estimate import GIB, LargestBatch, Memory, estimate_memory
@@ -101,7 +101,7 @@ def estimate_training(
     per_device = micro_batch or settings["per_device_train_batch_size"]
     processes = settings["nproc_per_node"] * settings.get("nnodes", 1)
     accumulation = settings["gradient_accumulation_steps"] * settings["per_device_train_batch_size"] // per_device
-    drawing = settings["stage"] in DRAWING
+    drawing = settings["stage"] in ONLINE
     texts = per_device * (2 if settings["stage"] in ("rm", "dpo", "orpo") else 1)
     sequences = tokens = None
     steps = settings.get("max_steps")
@@ -110,8 +110,7 @@ def estimate_training(
     else:
         data = TokenizedSequences(shards)
         sequences, tokens = len(data), int(data.sizes.sum())
-        batches = accumulation * settings["ppo_buffer_size"] if drawing else accumulation
-        plan = BatchPlan(sequences, per_device, batches, processes, settings["seed"])
+        plan = BatchPlan.of(settings, sequences, per_device, processes)
         steps = plan.total_steps(steps, settings.get("num_train_epochs"))
         batch = largest_batch(data, texts, per_device, packing)
     if settings["flash_attn"] == "fa2":

@@ -37,7 +37,7 @@ NEEDS = {
         "`kto_tag`, beside `messages`, `conversations` or a prompt and an answer"
     ),
     "prompt": (
-        "prompt row (stages ppo, grpo) needs a question: `prompt`, `instruction`, `question`, `messages` or "
+        "prompt row (stages ppo, grpo, rloo) needs a question: `prompt`, `instruction`, `question`, `messages` or "
         "`conversations`"
     ),
 }

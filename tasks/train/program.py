@@ -173,28 +173,12 @@ def make_deterministic(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def make_plan(settings: dict[str, Any], rows: int, micro_batch: int, batches: int = 1) -> BatchPlan:
-    """The batch arithmetic; a smaller micro-batch than asked for, where memory ran out, makes more of them.
-
-    Args:
-        settings: `TrainSettings.identity()`.
-        rows: sequences in the shards.
-        micro_batch: sequences of one forward pass.
-        batches: mini-batches in a step.
-    """
+def make_plan(settings: dict[str, Any], rows: int, micro_batch: int) -> BatchPlan:
+    """The batch arithmetic of the processes that are there, see `BatchPlan.of`."""
     from tasks.batch_plan import BatchPlan
     from tasks.train.processes import count_processes
 
-    return BatchPlan(
-        rows=rows,
-        per_device=micro_batch,
-        accumulation=settings["gradient_accumulation_steps"]
-        * settings["per_device_train_batch_size"]
-        // micro_batch
-        * batches,
-        processes=count_processes(settings),
-        seed=settings["seed"],
-    )
+    return BatchPlan.of(settings, rows, micro_batch, count_processes(settings))
 
 
 def _arguments(spec: Spec, plan: BatchPlan, total: int) -> TrainingArguments:

@@ -61,7 +61,7 @@ def reward_adapter(model: Path, folder: Path) -> Path:
 def ours(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
     """Seconds of each step."""
     from tasks.program import Events
-    from tasks.train.ppo.program import work
+    from tasks.train.online.program import work
     from tests.tiny import read_lines
 
     spec = _spec(model, adapter, folder, steps, bf16)
@@ -74,10 +74,10 @@ def floor(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> l
     """One copy of the base with a LoRA adapter, and the activations of one forward pass: no PPO can do with less."""
     import torch
 
-    from tasks.train.ppo.program import work  # noqa: F401 - with all that it loads
-    from tasks.train.ppo.roles import make_roles
-    from tasks.train.ppo.rollout import Sampling
-    from tasks.train.ppo.scoring import Answered, make_inputs, token_logps
+    from tasks.train.online.program import work  # noqa: F401 - with all that it loads
+    from tasks.train.online.roles import make_roles
+    from tasks.train.online.rollout import Sampling
+    from tasks.train.online.scoring import Answered, make_inputs, token_logps
 
     spec = _spec(model, adapter, folder, steps, bf16)
     spec.inputs.pop("reward_adapter")

@@ -34,6 +34,7 @@ CHAINS = {
     "pt_sft_dpo": ["pt", "sft", "dpo"],
     "sft_dpo": ["sft", "dpo"],
     "sft_kto": ["sft", "kto"],
+    "sft_rm_grpo": ["sft", "rm", "grpo"],
     "sft_rm_ppo": ["sft", "rm", "ppo"],
 }
 """Recipe → its stages, in the order in which they are done."""

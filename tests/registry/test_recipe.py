@@ -39,7 +39,7 @@ def problems(raw: Any, overrides: list[str] | None = None) -> str:
 
 def test_every_shipped_recipe_is_valid() -> None:
     found = [load_recipe(name) for name in RECIPES]
-    assert [r.name for r in found] == ["demo", "orpo", "pt_sft_dpo", "sft_dpo", "sft_kto", "sft_rm_ppo"]
+    assert [r.name for r in found] == ["demo", "orpo", "pt_sft_dpo", "sft_dpo", "sft_kto", "sft_rm_grpo", "sft_rm_ppo"]
 
 
 def test_all_errors_of_a_recipe_come_at_once_each_with_its_place(data: Path) -> None:
@@ -196,7 +196,7 @@ def test_every_field_says_what_it_is() -> None:
     documented = {name: record.model_fields[name].description for name, record in FIELDS.items()}
     documented |= {name: field.description for name, field in EvaluationSettings.model_fields.items()}
     assert [name for name, text in documented.items() if not text] == []
-    assert len(documented) == 108
+    assert len(documented) == 111
 
 
 def test_derived_values_are_filled_in_and_settings_without_effect_left_out() -> None:

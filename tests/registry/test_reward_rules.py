@@ -70,7 +70,7 @@ def test_rules_give_what_they_say() -> None:
     [
         ({"packing": True}, "every prompt is answered on its own"),
         ({"lora_dropout": 0.1}, "dropout would move the probabilities"),
-        ({"deepspeed": "zero2"}, "answers are drawn from the whole model, which deepspeed divides"),
+        ({"deepspeed": "zero2"}, "two models may learn, and deepspeed divides the memory of one"),
         ({"overlong": "truncate"}, "has lost the place where its answer begins"),
         ({"val_size": 0.1}, "val_size has no effect with stage ppo"),
         ({"eval_steps": 2}, "eval_steps has no effect with stage ppo"),
@@ -88,3 +88,19 @@ def test_settings_of_ppo_are_refused_elsewhere(tmp_path: Path) -> None:
     raw["stages"]["ppo"]["stage"] = "dpo"
     with pytest.raises(InputError, match="kl_coef has no effect with stage dpo"):
         load_recipe(raw)
+
+
+def test_the_answers_of_a_step_are_whole_groups(tmp_path: Path) -> None:
+    rule = (
+        r"the 6 answers of a step cannot be dealt out to prompts with 4 each. "
+        r"Make per device x accumulation x processes x ppo_buffer_size a multiple of 4"
+    )
+    fields = {"reward_funcs": ["length"], "stage": "rloo", "per_device_train_batch_size": 3}
+    assert rule in refusal(tmp_path, **fields, ppo_buffer_size=2)
+    (stage,) = load_recipe(recipe(tmp_path, **fields, gradient_accumulation_steps=4)).stages
+    assert (stage.train.num_generations, stage.train.ppo_epochs) == (4, 1)
+    assert "gamma has no effect with stage rloo" in refusal(tmp_path, **fields, ppo_buffer_size=4, gamma=0.9)
+    assert "loss_type has no effect with stage rloo" in refusal(tmp_path, **fields, ppo_buffer_size=4, loss_type="grpo")
+    assert "num_generations has no effect with stage ppo" in refusal(
+        tmp_path, reward_funcs=["length"], num_generations=2
+    )

@@ -26,7 +26,7 @@ from tasks.train.checkpoints import required_files
 from tasks.train.processes import count_processes, process_arguments
 from tasks.train.program import work
 from tasks.training_estimate import MEASURED
-from tests.tasks.train.ppo import runs as ppo
+from tests.tasks.train.online import runs as ppo
 from tests.tiny import random_pairs, random_rows, read_lines, tiny_model, write_shards, write_spec
 
 torch.set_num_threads(1)

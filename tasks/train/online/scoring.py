@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from tasks.sequences import IGNORED
 from tasks.train.batches import collate
 from tasks.train.likelihood import trained_logits
-from tasks.train.ppo.roles import Roles
-from tasks.train.ppo.rollout import Sampling
+from tasks.train.online.roles import Roles
+from tasks.train.online.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Scored:
 
     logps: list[float]
     reference: list[float]
-    values: list[float]
+    values: list[float] | None
+    """What the critic expects; None without one."""
     entropy: float
     """Sum over its tokens, in nats."""
     score: float | None
@@ -109,14 +110,16 @@ def score(roles: Roles, answers: Sequence[Answered], sampling: Sampling) -> list
     logps, spread = -cross_entropy(logits, targets, reduction="none"), entropies(logits)
     del logits
     reference = roles.refer(lambda model: token_logps(model, inputs, sampling))
-    with roles.critic.active():
-        values = roles.critic(inputs, drawn_from(inputs))
+    values: list[list[float] | None] = [None] * len(answers)
+    if roles.critic is not None:
+        with roles.critic.active():
+            values = [value.tolist() for value in roles.critic(inputs, drawn_from(inputs)).cpu().split(lengths)]
     scores: list[float | None] = [None] * len(answers)
     if roles.reward is not None:
         with roles.reward.active():
             scores = list(roles.reward(inputs, ends_of(inputs)).tolist())
-    parts = [value.cpu().split(lengths) for value in (logps, reference, values, spread)]
+    parts = [value.cpu().split(lengths) for value in (logps, reference, spread)]
     return [
-        Scored(own.tolist(), other.tolist(), value.tolist(), float(entropy.sum()), found)
-        for own, other, value, entropy, found in zip(*parts, scores, strict=True)
+        Scored(own.tolist(), other.tolist(), value, float(entropy.sum()), found)
+        for own, other, entropy, value, found in zip(*parts, values, scores, strict=True)
     ]

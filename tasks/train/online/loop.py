@@ -1,4 +1,4 @@
-"""The loop of PPO: draw answers, score them, learn from them, keep what is needed to go on.
+"""The loop of ppo, grpo and rloo: draw answers, score them, learn from them, keep what is needed to go on.
 
 One decision: a step is a function of the step's number and of the state behind the step before it. Prompts, random
 numbers and orders follow from the seed, so a run that is resumed, or that has another number of processes, does the
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from tasks.batch_plan import BatchPlan
 from tasks.train.batches import Rows
-from tasks.train.ppo.advantages import answer_mask, next_coefficient
-from tasks.train.ppo.experience import Experience, learn_from
-from tasks.train.ppo.roles import Roles
-from tasks.train.ppo.rollout import draw_answers, uniforms
-from tasks.train.ppo.scoring import Answered, Scored, score
-from tasks.train.ppo.sources import Source, judge
-from tasks.train.ppo.state import Numbers
-from tasks.train.ppo.update import Update, micro_batches, mini_batches
+from tasks.train.online.advantages import answer_mask, next_coefficient
+from tasks.train.online.experience import Experience, learn_from
+from tasks.train.online.roles import Roles
+from tasks.train.online.rollout import draw_answers, uniforms
+from tasks.train.online.scoring import Answered, Scored, score
+from tasks.train.online.sources import Source, judge
+from tasks.train.online.state import Numbers
+from tasks.train.online.update import Update, micro_batches, mini_batches
 
 
 class Processes:
@@ -128,8 +128,9 @@ class Loop:
         return experience.metrics | by_source | metrics | speeds, experience
 
     def _draw(self, chosen: list[int], step: int) -> list[Answered]:
-        """An answer to every prompt of the step, in its order. Prompts of like length are drawn together."""
-        found = {place: self.rows[row] for place, row in enumerate(chosen)}
+        """The answers to every prompt of the step, in its order. Prompts of like length are drawn together."""
+        each = self.plan.generations
+        found = {place: self.rows[chosen[place // each]] for place in range(len(chosen) * each)}
         prompts = {place: [int(token) for token in row["input_ids"]] for place, row in found.items()}
         places = sorted(prompts, key=lambda place: (len(prompts[place]), place))
         size = self.settings.get("rollout_batch_size") or -(-len(places) // self.ranks.count)

@@ -8,7 +8,7 @@ from typing import Any
 
 from registry.records import TrainSettings
 from tasks.program import Events, Spec
-from tasks.train.ppo.program import work
+from tasks.train.online.program import work
 from tests.tiny import read_lines, write_shards, write_spec
 
 PROMPT_COUNT = 12

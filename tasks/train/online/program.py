@@ -1,9 +1,9 @@
-"""The program of stage ppo: reads a spec, makes the steps that are not made yet, writes the artifact.
+"""The program of stages ppo, grpo and rloo: reads a spec, makes the steps that are not made yet, writes the artifact.
 
 One decision: it is a loop of its own, without transformers' Trainer: what is a step there, one batch and one loss, is
 here drawing, scoring and many updates of two models.
 
-Run as `python -m tasks.train.ppo.program SPEC.json`, or on several processes with `torchrun`.
+Run as `python -m tasks.train.online.program SPEC.json`, or on several processes with `torchrun`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tasks.train.program import CHECKPOINTS, make_deterministic, make_plan, opti
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from tasks.train.ppo.loop import Loop, Processes, Words
-    from tasks.train.ppo.roles import Roles
-    from tasks.train.ppo.update import Moved
+    from tasks.train.online.loop import Loop, Processes, Words
+    from tasks.train.online.roles import Roles
+    from tasks.train.online.update import Moved
 
 
 def work(spec: Spec, events: Events) -> None:
@@ -36,8 +36,8 @@ def work(spec: Spec, events: Events) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
     make_deterministic(settings["seed"])
     from tasks.train.model import position_changes
-    from tasks.train.ppo.journal import Journal
-    from tasks.train.ppo.roles import make_roles
+    from tasks.train.online.journal import Journal
+    from tasks.train.online.roles import make_roles
 
     require_cuda_for(settings)
     arguments = _arguments(settings)  # first: they join the processes, and make accelerate forget an accelerator
@@ -76,7 +76,7 @@ def _processes(settings: dict[str, Any]) -> Processes:
     import torch
     from accelerate import Accelerator
 
-    from tasks.train.ppo.loop import Processes
+    from tasks.train.online.loop import Processes
     from tasks.train.processes import count_processes
 
     count_processes(settings)
@@ -88,12 +88,14 @@ def _moved(settings: dict[str, Any], roles: Roles, arguments: TrainingArguments)
     """What is trained, and by what; matrices decay, norms and biases do not."""
     from transformers import Trainer
 
-    from tasks.train.ppo.update import Moved
+    from tasks.train.online.update import Moved
 
     make, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    own = {name: value for name, value in roles.policy.named_parameters() if value.requires_grad}
+    trained = {"policy": {name: value for name, value in roles.policy.named_parameters() if value.requires_grad}}
+    if roles.critic is not None:
+        trained["critic"] = roles.critic.parameters()
     moved = {}
-    for role, parameters in (("policy", own), ("critic", roles.critic.parameters())):
+    for role, parameters in trained.items():
         kinds = ([p for p in parameters.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
         decays = (settings["weight_decay"], 0.0)
         groups = [{"params": some, "weight_decay": decay} for some, decay in zip(kinds, decays, strict=True) if some]
@@ -103,17 +105,18 @@ def _moved(settings: dict[str, Any], roles: Roles, arguments: TrainingArguments)
 
 def _loop(spec: Spec, roles: Roles, moved: dict[str, Moved], ranks: Processes) -> Loop:
     from tasks.train.batches import Rows
-    from tasks.train.ppo.loop import Loop
-    from tasks.train.ppo.sources import find_sources
-    from tasks.train.ppo.state import Numbers
-    from tasks.train.ppo.update import Update
+    from tasks.train.online.loop import Loop
+    from tasks.train.online.roles import learning
+    from tasks.train.online.sources import find_sources
+    from tasks.train.online.state import Numbers
+    from tasks.train.online.update import Update
 
     settings = spec.settings["train"]
     rows = Rows(spec.inputs["shards"], roles.policy.get_input_embeddings().num_embeddings)
     micro_batch = spec.runtime.get("micro_batch", settings["per_device_train_batch_size"])
-    plan = make_plan(settings, len(rows), micro_batch, settings["ppo_buffer_size"])
+    plan = make_plan(settings, len(rows), micro_batch)
     if spec.runtime.get("gradient_checkpointing", False):
-        for model in {id(m): m for m in (roles.policy, roles.critic.model)}.values():
+        for model in learning(roles.policy, roles.critic):
             model.gradient_checkpointing_enable({"use_reentrant": False})
     update = Update(roles, moved, settings, micro_batch, ranks)
     sources = find_sources(settings, spec.runtime.get("reward_files", {}))
@@ -126,7 +129,7 @@ def _words(spec: Spec) -> Words:
     from tasks.answers import stop_ids
     from tasks.template import ChatTemplate
     from tasks.tokens import load_tokenizer
-    from tasks.train.ppo.loop import Words
+    from tasks.train.online.loop import Words
 
     folder = Path(spec.inputs["base"])
     tokenizer = load_tokenizer(folder)
@@ -159,9 +162,10 @@ def _schedule(settings: dict[str, Any], total: int) -> Any:
 
 
 def _set_rates(settings: dict[str, Any], moved: dict[str, Moved], factor: float) -> None:
-    for role, name in (("policy", "learning_rate"), ("critic", "critic_learning_rate")):
-        for group in moved[role].optimizer.param_groups:
-            group["lr"] = settings[name] * factor
+    for role, who in moved.items():
+        peak = settings["critic_learning_rate" if role == "critic" else "learning_rate"]
+        for group in who.optimizer.param_groups:
+            group["lr"] = peak * factor
 
 
 def _work_and_part(spec: Spec, events: Events) -> None:

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from tasks.program import ProgramError, Spec
 from tasks.train.loading import load_base
-from tasks.train.ppo.roles import Roles, make_roles
-from tasks.train.ppo.rollout import Sampling
-from tasks.train.ppo.scoring import Answered, drawn_from, ends_of, make_inputs, score, token_logps
+from tasks.train.online.roles import Roles, make_roles
+from tasks.train.online.rollout import Sampling
+from tasks.train.online.scoring import Answered, drawn_from, ends_of, make_inputs, score, token_logps
 from tasks.train.reward import answer_scores
-from tests.tasks.train.ppo.runs import make_spec
+from tests.tasks.train.online.runs import make_spec
 from tests.tasks.train.test_methods import merge
 from tests.tasks.train.test_methods import train as train_stage
 from tests.tiny import tiny_model

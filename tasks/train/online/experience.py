@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.train.ppo.advantages import RunningScores, advantages_of, k3, log_ratio, token_rewards, whiten
-from tasks.train.ppo.scoring import Answered, Scored
+from tasks.train.online.advantages import RunningScores, advantages_of, k3, log_ratio, token_rewards, whiten
+from tasks.train.online.groups import group_advantages, group_metrics, leave_one_out
+from tasks.train.online.scoring import Answered, Scored
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,18 @@ class Experience:
     """[b, n] bool."""
     logps: Tensor
     """[b, n] of the policy that drew them."""
-    values: Tensor
-    """[b, n] what the critic expected."""
+    reference: Tensor
+    """[b, n] log-probabilities of the model that is stayed close to."""
     advantages: Tensor
-    """[b, n] whitened."""
-    returns: Tensor
+    """[b, n]."""
+    values: Tensor | None
+    """[b, n] what the critic expected; None without one, and so `returns`."""
+    returns: Tensor | None
     """[b, n] what the critic should have expected."""
     scores: Tensor
     """[b] from all sources, before they are normalised, clipped or fined."""
+    kl_coef: float
+    """Coefficient of the KL penalty in this step."""
     metrics: dict[str, float]
 
 
@@ -62,38 +67,64 @@ def learn_from(
         kl_coef: coefficient of the KL penalty.
         running: of all scores; takes in these.
     """
-    width = max(len(item.answer) for item in answers)
     lengths = torch.tensor([len(item.answer) for item in answers])
+    width = int(lengths.max())
     mask = torch.arange(width) < lengths[:, None]
-    logps, values = (rows_of([getattr(item, name) for item in scored], width) for name in ("logps", "values"))
-    ratio = log_ratio(logps, rows_of([item.reference for item in scored], width), mask)
+    logps, reference = (rows_of([getattr(item, name) for item in scored], width) for name in ("logps", "reference"))
+    ratio = log_ratio(logps, reference, mask)
     earned = final_scores(scores, torch.tensor([item.stopped for item in answers]), settings, running)
-    rewards = token_rewards(ratio, mask, earned, kl_coef)
-    whitened = whiten(rewards, mask, shift=False) if settings["ppo_whiten_rewards"] else rewards
-    advantages = advantages_of(whitened, values, mask, settings["gamma"], settings["lam"])
-    returns = advantages + values
     metrics = {
         "score": float(scores.mean()),
         "score_std": float(scores.std(correction=0)),
-        "reward": float(rewards.sum(dim=1).mean()),
         "kl": float(ratio.sum(dim=1).mean()),
         "kl_token": float(ratio[mask].mean()),
         "kl_k3": float(k3(ratio[mask]).mean()),
         "kl_coef": kl_coef,
-        "values": float(values[mask].mean()),
-        "returns": float(returns[mask].mean()),
-        "advantages": float(advantages[mask].mean()),
-        "explained_variance": explained_variance(values[mask], returns[mask]),
         "entropy": sum(item.entropy for item in scored) / int(mask.sum()),
         "stop_rate": sum(item.stopped for item in answers) / len(answers),
         "answer_tokens": float(lengths.float().mean()),
     }
-    return Experience(answers, mask, logps, values, whiten(advantages, mask), returns, scores, metrics)
+    # in stage grpo the penalty is part of the loss
+    rewards = token_rewards(ratio, mask, earned, 0.0 if settings["stage"] == "grpo" else kl_coef)
+    metrics["reward"] = float(rewards.sum(dim=1).mean())
+    values = returns = None
+    if settings["stage"] == "ppo":
+        values = rows_of([item.values or [] for item in scored], width)
+        advantages, returns, found = expected(rewards, values, mask, settings)
+    else:
+        advantages, found = compared(rewards.sum(dim=1), settings)
+        advantages = torch.where(mask, advantages[:, None], 0.0)
+    metrics |= found
+    return Experience(answers, mask, logps, reference, advantages, values, returns, scores, kl_coef, metrics)
+
+
+def expected(
+    rewards: Tensor, values: Tensor, mask: Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Advantages over what the critic expected, [b, n], whitened; the returns, [b, n]; and what they are like."""
+    whitened = whiten(rewards, mask, shift=False) if settings["ppo_whiten_rewards"] else rewards
+    advantages = advantages_of(whitened, values, mask, settings["gamma"], settings["lam"])
+    returns = advantages + values
+    metrics = {
+        "values": float(values[mask].mean()),
+        "returns": float(returns[mask].mean()),
+        "advantages": float(advantages[mask].mean()),
+        "explained_variance": explained_variance(values[mask], returns[mask]),
+    }
+    return whiten(advantages, mask), returns, metrics
+
+
+def compared(earned: Tensor, settings: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+    """Advantages over the other answers to the same prompt, [b], from what each answer earned, [b]."""
+    size = settings["num_generations"]
+    if settings["stage"] == "rloo":
+        return leave_one_out(earned, size), group_metrics(earned, size)
+    return group_advantages(earned, size, settings["scale_rewards"]), group_metrics(earned, size)
 
 
 def final_scores(scores: Tensor, stopped: Tensor, settings: dict[str, Any], running: RunningScores) -> Tensor:
     """[b] scores as they are rewarded: normalised, then clipped, then less the penalty of answers without an end."""
-    if settings["ppo_score_norm"]:
+    if settings.get("ppo_score_norm"):
         running.add(scores)
         scores = running.normalised(scores)
     if settings.get("score_clip") is not None:

@@ -1,10 +1,11 @@
-"""What PPO needs to go on to the bit: weights that move, their optimizers' state, and a few numbers.
+"""What a run needs to go on to the bit: weights that move, their optimizers' state, and a few numbers.
 
 One decision: there is no random state to keep, because every random number is made from the seed, the step and a place
 (`rollout.uniforms`, `update.mini_batches`). Tensors are safetensors, numbers JSON: nothing is unpickled.
 
 Layout of `checkpoint-N`: `policy.safetensors` and `critic.safetensors` (what is trained, by parameter name),
-`optimizer.<role>.safetensors` (`<index>.<name>` of each parameter's state), `ppo.json`, `metrics.jsonl`, `base.json`.
+`optimizer.<role>.safetensors` (`<index>.<name>` of each parameter's state), `numbers.json`, `metrics.jsonl`,
+`base.json`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from tasks.program import ProgramError
 from tasks.train.adapters import require_equal
-from tasks.train.ppo.advantages import RunningScores
-from tasks.train.ppo.update import Moved
+from tasks.train.online.advantages import RunningScores
+from tasks.train.online.update import Moved
 
-NUMBERS = "ppo.json"
+NUMBERS = "numbers.json"
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Numbers:
     """What moves besides weights."""
 
     step: int = 0
-    """PPO steps made."""
+    """Steps made."""
     kl_coef: float = 0.0
     scores: RunningScores = field(default_factory=RunningScores)
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tasks.program import OPTIONAL, ProgramError, Spec
-from tasks.train.ppo.program import needed_packages, work
-from tests.tasks.train.ppo.runs import LOW, contents, lines, make_spec, numbers, train
+from tasks.train.online.program import needed_packages, work
+from tests.tasks.train.online.runs import LOW, contents, lines, make_spec, numbers, train
 from tests.tasks.train.test_kills import killed
 from tests.tasks.train.test_methods import merge
 from tests.tasks.train.test_methods import train as train_stage
@@ -91,6 +91,7 @@ def test_the_artifact_is_the_policy_alone(made: dict[str, Path], tmp_path: Path)
 
 
 CASES: dict[str, dict[str, Any]] = {
+    "grpo": {"stage": "grpo", "num_generations": 2, "ppo_epochs": 2},
     "lora": {"ppo_target": 0.5, "ppo_score_norm": True, "ppo_buffer_size": 2, "warmup_ratio": 0.2},
     "full": {"finetuning_type": "full", "reward_funcs": (LOW, "length"), "reward_weights": (1.0, -0.2)},
 }
@@ -100,7 +101,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(
     made: dict[str, Path], tmp_path: Path, method: str
 ) -> None:
-    inputs = shared(made) if method == "lora" else {"base": made["base"]}
+    inputs = {"base": made["base"]} if method == "full" else shared(made)
     fields = CASES[method] | {"max_steps": 9, "lr_scheduler_type": "linear"}
     whole = train(tmp_path / "whole", inputs, **fields)
     (tmp_path / "killed").mkdir()

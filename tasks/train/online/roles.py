@@ -1,4 +1,4 @@
-"""The four roles of PPO: who answers, who is stayed close to, who judges, who expects.
+"""The roles: who answers, who is stayed close to, who judges, and in stage ppo who expects.
 
 One decision: with LoRA they share one copy of the base weights. The policy is an adapter, the reference the same model
 without it, the reward model and the critic are adapters with a head each. It is so wherever the reward model was
@@ -92,7 +92,8 @@ class Roles:
 
     policy: Any
     reference: Reference
-    critic: Judge
+    critic: Judge | None
+    """None where answers are compared with one another."""
     reward: Judge | None
     """None where only functions judge."""
     shared: bool
@@ -107,16 +108,17 @@ class Roles:
     def sentence(self) -> str:
         """Which case it is."""
         if self.shared:
-            judges = "critic and reward model" if self.reward else "critic"
-            return f"policy, reference, {judges} share one copy of the base weights"
+            judges = (("critic", self.critic), ("reward model", self.reward))
+            *names, last = ("policy", "reference", *(name for name, judge in judges if judge))
+            return f"{', '.join(names)} and {last} share one copy of the base weights"
         own = [] if self.reference.frozen is None else ["the reference"]
-        own += ["the critic"] if self.critic.adapter is None else []
+        own += ["the critic"] if self.critic and self.critic.adapter is None else []
         own += ["the reward model"] if self.reward and self.reward.adapter is None else []
         return f"models of their own beside the policy: {', '.join(own)}"
 
 
 def make_roles(spec: Spec, changes: Changes) -> Roles:
-    """Load and adapt what a PPO step is told to use.
+    """Load and adapt what a stage is told to use.
 
     Raises:
         ProgramError: `bad_setting` for a reward model that is not for these weights or this vocabulary.
@@ -127,17 +129,25 @@ def make_roles(spec: Spec, changes: Changes) -> Roles:
     assert reference is not None
     reward = _reward(spec, policy, changes)
     lora = settings["finetuning_type"] == "lora"
-    critic = _critic_adapter(policy, settings, reward) if lora else _critic_model(spec, settings, changes)
+    critic = None
+    if settings["stage"] == "ppo":
+        critic = _critic_adapter(policy, reward) if lora else _critic_model(spec, settings, changes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for model in {id(m): m for m in (policy, critic.model)}.values():
+    for model in learning(policy, critic):
         if "quant_bit" not in settings:
             model.to(device)
     for judge in filter(None, (reward, critic)):
         judge.head.to(device)
     if lora:
+        policy.base_model.set_adapter(ADAPTER)
         speed_up(policy)
     own = [reference.frozen, *(j.model for j in (critic, reward) if j and j.adapter is None)]
     return Roles(policy, reference, critic, reward, shared=all(model is None for model in own))
+
+
+def learning(policy: Any, critic: Judge | None) -> list[Any]:
+    """The models with weights that are trained, each once."""
+    return [policy] if critic is None or critic.model is policy else [policy, critic.model]
 
 
 def _reward(spec: Spec, policy: Any, changes: Changes) -> Judge | None:
@@ -193,7 +203,7 @@ def _reward_adapter(policy: Any, folder: str, base_digest: str, changes: Changes
     return Judge(policy, head, REWARD)
 
 
-def _critic_adapter(policy: Any, settings: dict[str, Any], reward: Judge | None) -> Judge:
+def _critic_adapter(policy: Any, reward: Judge | None) -> Judge:
     """The critic beside the policy: a copy of the reward model where that shares the base, else new, expecting 0."""
     import copy
 
@@ -209,7 +219,6 @@ def _critic_adapter(policy: Any, settings: dict[str, Any], reward: Judge | None)
         head = _head(reward.head.weight.data.clone())
     else:
         head = _head(torch.zeros(1, policy.config.get_text_config().hidden_size))
-    policy.base_model.set_adapter(ADAPTER)
     for name, value in policy.named_parameters():
         if _belongs(name, CRITIC):
             value.data = value.data.float()

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tasks.answers import generate
-from tasks.train.ppo.rollout import Sampling, choose, draw_answers, uniforms
+from tasks.train.online.rollout import Sampling, choose, draw_answers, uniforms
 from tests.tiny import tiny_model
 
 torch.set_num_threads(1)

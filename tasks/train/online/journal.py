@@ -23,13 +23,13 @@ from tasks.train.checkpoints import mark_whole, remove_damaged, rotate
 from tasks.train.given import LINES
 from tasks.train.lora import BASE_RECORD
 from tasks.train.measure import peak_bytes, peak_gib
+from tasks.train.online.curve import draw_scores
+from tasks.train.online.experience import Experience
+from tasks.train.online.loop import Loop, Processes
+from tasks.train.online.roles import Roles
+from tasks.train.online.state import Numbers, load, required, save
+from tasks.train.online.update import Moved
 from tasks.train.output import write_artifact, write_json
-from tasks.train.ppo.curve import draw_scores
-from tasks.train.ppo.experience import Experience
-from tasks.train.ppo.loop import Loop, Processes
-from tasks.train.ppo.roles import Roles
-from tasks.train.ppo.state import Numbers, load, required, save
-from tasks.train.ppo.update import Moved
 from tasks.train.processes import newest_common
 from tasks.train.reference import ADAPTER
 from tasks.training_estimate import MEASURED

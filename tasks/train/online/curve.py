@@ -23,7 +23,7 @@ def draw_scores(lines: Sequence[dict[str, Any]], path: Path, title: str = "") ->
     axes.fill_between(steps, low, high, color="tab:blue", alpha=0.12, linewidth=0)
     axes.plot(steps, scores, color="tab:blue", alpha=0.35, linewidth=1.0, marker="." if len(steps) < 30 else None)
     axes.plot(steps, smooth(scores), color="tab:blue", linewidth=1.8)
-    axes.set_xlabel("PPO step")
+    axes.set_xlabel("step")
     axes.set_ylabel("mean score (shaded: one standard deviation)")
     axes.grid(alpha=0.25)
     other = axes.twinx()

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from tasks.train.ppo.advantages import (
+from tasks.train.online.advantages import (
     RunningScores,
     advantages_of,
     answer_mask,

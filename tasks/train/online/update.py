@@ -1,12 +1,9 @@
-"""Learning from the answers of a step: clipped losses, mini-batches, epochs.
+"""Learning from the answers of a step: mini-batches, epochs, gradients.
 
-One decision: a loss is summed over the tokens of a micro-batch and divided by those of the whole mini-batch, over all
-processes, before it is differentiated. So a mini-batch gives one gradient however it is split.
+One decision: every token has its part in the mean over the whole mini-batch, over all processes, before anything is
+differentiated. So a mini-batch gives one gradient however it is split.
 
 Legend: k real tokens of a micro-batch.
-
-Sources: Schulman et al. 2017, arXiv:1707.06347, eq. 7; clipped values: Huang et al. 2022, "The 37 implementation
-details of proximal policy optimization", detail 9.
 """
 
 from __future__ import annotations
@@ -22,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from tasks.program import ProgramError
-from tasks.train.ppo.experience import Experience
-from tasks.train.ppo.roles import Roles
-from tasks.train.ppo.rollout import Sampling
-from tasks.train.ppo.scoring import drawn_from, make_inputs, token_logps
+from tasks.train.online.experience import Experience
+from tasks.train.online.losses import BIGGEST, kl_loss, of_answers, policy_loss, shares, value_loss
+from tasks.train.online.roles import Judge, Roles
+from tasks.train.online.rollout import Sampling
+from tasks.train.online.scoring import drawn_from, make_inputs, token_logps
 
 FIRST_RATIO = 1e-3  # of log-probabilities that are asked for twice; here they are equal, other kernels may round
-BIGGEST = 20.0  # of a log ratio whose exponential is taken
 
 
 class Ranks(Protocol):
@@ -50,44 +47,6 @@ class Moved:
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-
-
-def policy_loss(logps: Tensor, before: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
-    """−min(ρ A, clip(ρ, 1 ± ε) A) of every token, and whether the clipped part is the smaller one.
-
-    log ρ 0.5 and −0.5, A 1, ε 0.2: losses −1.2 and −0.606531; the first one is clipped.
-
-    Args:
-        logps: [k] of the policy now.
-        before: [k] of the policy that drew the tokens.
-        advantages: [k].
-        cliprange: ε.
-
-    Returns:
-        [k] float32, [k] bool.
-    """
-    ratio = (logps - before).clamp(-BIGGEST, BIGGEST).exp()
-    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    return torch.maximum(free, clipped), clipped > free
-
-
-def value_loss(values: Tensor, before: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
-    """½ max((V − R)², (V_clipped − R)²) of every token, V_clipped at most ε from what it was.
-
-    V 1, before 0, R 2, ε 0.2: ½ max(1, 3.24) = 1.62, the clipped part.
-
-    Args:
-        values: [k] of the critic now.
-        before: [k] of the critic when the tokens were drawn.
-        returns: [k].
-        cliprange: ε.
-
-    Returns:
-        [k] float32, [k] bool.
-    """
-    clipped = before + (values - before).clamp(-cliprange, cliprange)
-    free, bound = (values - returns) ** 2, (clipped - returns) ** 2
-    return 0.5 * torch.maximum(free, bound), bound > free
 
 
 def mini_batches(lengths: list[int], size: int, epoch: int, order: tuple[int, int]) -> Iterator[list[int]]:
@@ -116,11 +75,11 @@ def micro_batches(batch: list[int], size: int, index: int, count: int) -> list[l
 
 
 class Update:
-    """Trains policy and critic on the answers of a step.
+    """Trains the policy, and the critic where there is one, on the answers of a step.
 
     Args:
         roles: who is trained.
-        moved: `policy` and `critic`.
+        moved: `policy`, and `critic` where there is one.
         settings: `TrainSettings.identity()`.
         micro_batch: answers of one forward pass.
         ranks: the processes.
@@ -161,9 +120,9 @@ class Update:
         self, experience: Experience, batch: list[int], step: int, first: bool
     ) -> tuple[dict[str, float], bool]:
         """One update of policy and critic; and whether the policy has gone far enough for this step."""
-        tokens = int(experience.mask[batch].sum())
+        lengths = experience.mask[batch].sum(dim=1)
         mine = micro_batches(batch, self.micro_batch, self.ranks.index, self.ranks.count)
-        metrics = self._policy(experience, mine, tokens)
+        metrics = self._policy(experience, mine, lengths)
         error = metrics.pop("first_error")
         if first and error > FIRST_RATIO:
             raise ProgramError(
@@ -177,40 +136,52 @@ class Update:
                 parameter.grad = None
             return {name: metrics[name] for name in ("approx_kl", "ratio")}, True
         metrics["grad_norm"] = self._move("policy", step)
-        metrics |= self._critic(experience, mine, tokens)
-        metrics["critic_grad_norm"] = self._move("critic", step)
+        if self.roles.critic is not None:
+            metrics |= self._critic(self.roles.critic, experience, mine, int(lengths.sum()))
+            metrics["critic_grad_norm"] = self._move("critic", step)
         return metrics, False
 
-    def _policy(self, experience: Experience, mine: list[list[int]], tokens: int) -> dict[str, float]:
-        """Gradients of the policy's loss, and what its ratios are."""
-        sums, error = torch.zeros(4, dtype=torch.float64), 0.0
+    def _policy(self, experience: Experience, mine: list[list[int]], batch: Tensor) -> dict[str, float]:
+        """Gradients of the policy's loss, and what its ratios are.
+
+        Args:
+            experience: of the step.
+            mine: the answers of each micro-batch of this process.
+            batch: tokens of each answer of the mini-batch.
+        """
+        sums, error, stage = torch.zeros(4, dtype=torch.float64), 0.0, self.settings["stage"]
         for rows in mine:
             inputs = self._inputs(experience, rows)
-            before, advantages = self._taken(experience, rows, "logps", "advantages")
+            before, advantages, reference = self._taken(experience, rows, "logps", "advantages", "reference")
+            lengths = experience.mask[rows].sum(dim=1).to(before.device)
             with self.ranks.autocast():
                 logps = token_logps(self.roles.policy, inputs, self.sampling)
-            losses, clipped = policy_loss(logps, before, advantages, self.settings["cliprange"])
-            (losses.sum() / tokens).backward()
+            change = logps - before
+            of_what = of_answers(change, lengths) if stage == "rloo" else change
+            losses, clipped = policy_loss(of_what, advantages, self.settings["cliprange"])
+            if stage == "grpo":
+                losses = losses + experience.kl_coef * kl_loss(change, logps - reference)
+            losses = losses * shares(self.settings, lengths, batch)
+            losses.sum().backward()
             with torch.no_grad():
-                change = logps - before
                 ratio = change.clamp(-BIGGEST, BIGGEST).exp()
-                values = (losses, ratio, clipped, ratio - 1 - change)
+                values = (losses * batch.sum(), ratio, clipped, ratio - 1 - change)
                 sums += torch.stack([value.double().sum().cpu() for value in values])
                 error = max(error, float(change.abs().max()))
         device = self.roles.policy.device
-        total = (self.ranks.sum(sums.to(device)) / tokens).tolist()
+        total = (self.ranks.sum(sums.to(device)) / int(batch.sum())).tolist()
         found = dict(zip(("policy_loss", "ratio", "clip_fraction", "approx_kl"), total, strict=True))
         return found | {"first_error": float(self.ranks.sum(torch.tensor(error, device=device)))}
 
-    def _critic(self, experience: Experience, mine: list[list[int]], tokens: int) -> dict[str, float]:
+    def _critic(self, critic: Judge, experience: Experience, mine: list[list[int]], tokens: int) -> dict[str, float]:
         """Gradients of the critic's loss."""
         sums = torch.zeros(2, dtype=torch.float64)
-        with self.roles.critic.active():
+        with critic.active():
             for rows in mine:
                 inputs = self._inputs(experience, rows)
                 before, returns = self._taken(experience, rows, "values", "returns")
                 with self.ranks.autocast():
-                    values = self.roles.critic(inputs, drawn_from(inputs))
+                    values = critic(inputs, drawn_from(inputs))
                 losses, clipped = value_loss(values, before, returns, self.settings["cliprange_value"])
                 (losses.sum() / tokens).backward()
                 sums += torch.stack([losses.detach().double().sum().cpu(), clipped.double().sum().cpu()])
