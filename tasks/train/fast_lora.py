@@ -105,4 +105,4 @@ def _from_the_left(weight: Tensor, down: Tensor | None, up: Tensor | None, usual
     result = weight @ columns
     if down is not None and up is not None:
         result.addmm_(up, down @ columns)
-    return result.t().reshape(*x.shape[:-1], -1)
+    return result.t().contiguous().view(*x.shape[:-1], -1)

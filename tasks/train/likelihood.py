@@ -67,6 +67,15 @@ def trained_logits(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, 
 
 def keeps_masked_positions(model: Any) -> bool:
     """Whether the model's forward takes a (b, s) bool `logits_to_keep`: it does where transformers' helper is used."""
+    return hasattr(sys.modules[type(_whole(model)).__module__], "slice_logits_to_keep")
+
+
+def body_of(model: Any) -> Any:
+    """The model without its head, adapters included: what makes hidden states of tokens."""
+    inner = _whole(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
+def _whole(model: Any) -> Any:
     inner = unwrapped(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
-    return hasattr(sys.modules[type(inner).__module__], "slice_logits_to_keep")
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT

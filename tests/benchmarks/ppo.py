@@ -74,17 +74,18 @@ def floor(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> l
     """One copy of the base with a LoRA adapter, and the activations of one forward pass: no PPO can do with less."""
     import torch
 
+    from tasks.train.online.inputs import Answered, make_inputs
     from tasks.train.online.program import work  # noqa: F401 - with all that it loads
     from tasks.train.online.roles import make_roles
     from tasks.train.online.rollout import Sampling
-    from tasks.train.online.scoring import Answered, make_inputs, token_logps
+    from tasks.train.online.scoring import token_logps
 
     spec = _spec(model, adapter, folder, steps, bf16)
     spec.inputs.pop("reward_adapter")
     roles = make_roles(spec, {})
     answers = [Answered(0, ids, [1] * NEW, False, None) for ids in prompt_ids(model)]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logps = token_logps(roles.policy, make_inputs(answers, torch.device("cpu")), Sampling())
+        logps = token_logps(roles.policy, make_inputs(answers, torch.device("cpu"), False), Sampling())
     return [1.0, float(logps.isfinite().all())]
 
 

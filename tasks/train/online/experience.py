@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tasks.train.online.advantages import RunningScores, advantages_of, k3, log_ratio, token_rewards, whiten
 from tasks.train.online.groups import group_advantages, group_metrics, leave_one_out
-from tasks.train.online.scoring import Answered, Scored
+from tasks.train.online.inputs import Answered
+from tasks.train.online.scoring import Scored
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from tasks.batch_plan import BatchPlan
 from tasks.train.batches import Rows
 from tasks.train.online.advantages import answer_mask, next_coefficient
 from tasks.train.online.experience import Experience, learn_from
+from tasks.train.online.inputs import Answered
 from tasks.train.online.roles import Roles
 from tasks.train.online.rollout import draw_answers, uniforms
-from tasks.train.online.scoring import Answered, Scored, score
+from tasks.train.online.scoring import Scored, score
 from tasks.train.online.sources import Source, judge
 from tasks.train.online.state import Numbers
 from tasks.train.online.update import Update, micro_batches, mini_batches

@@ -22,9 +22,11 @@ from tasks.program import ProgramError, Spec
 from tasks.train.adapters import require_equal
 from tasks.train.fast_lora import speed_up
 from tasks.train.freezing import freeze
+from tasks.train.likelihood import body_of
 from tasks.train.loading import Changes, load_base
 from tasks.train.lora import CLASSIFIER_NAMES, check_base
 from tasks.train.model import build_model, make_reference
+from tasks.train.online.inputs import Inputs, shares_beginnings
 from tasks.train.output import ADAPTER_WEIGHTS
 from tasks.train.reference import ADAPTER, Reference, without_dropout
 from tasks.train.reward import SCORE_HEAD
@@ -60,21 +62,17 @@ class Judge:
         finally:
             self.model.base_model.set_adapter(ADAPTER)
 
-    def __call__(self, inputs: dict[str, Any], places: Tensor) -> Tensor:
+    def __call__(self, inputs: Inputs, places: Tensor) -> Tensor:
         """Numbers at some positions; to be called while `active`.
 
         Args:
-            inputs: `input_ids`, `attention_mask`, [b, s].
-            places: [b, s] bool.
+            inputs: rows.
+            places: [b, s] bool, of the last pass.
 
         Returns:
             [n] float32, row by row.
         """
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        body = getattr(model, model.base_model_prefix)
-        hidden = body(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).last_hidden_state[places]
+        hidden = body_of(self.model)(**inputs.arguments(self.model)).last_hidden_state[places]
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)
 
@@ -96,6 +94,8 @@ class Roles:
     """None where answers are compared with one another."""
     reward: Judge | None
     """None where only functions judge."""
+    share: bool
+    """Rows share what they begin with, see `inputs`."""
     shared: bool
     """Reference, critic and reward model hold no base weights of their own."""
 
@@ -142,7 +142,9 @@ def make_roles(spec: Spec, changes: Changes) -> Roles:
         policy.base_model.set_adapter(ADAPTER)
         speed_up(policy)
     own = [reference.frozen, *(j.model for j in (critic, reward) if j and j.adapter is None)]
-    return Roles(policy, reference, critic, reward, shared=all(model is None for model in own))
+    everybody = [policy, *(model for model in own if model is not None)]
+    share = all(shares_beginnings(model) for model in everybody)
+    return Roles(policy, reference, critic, reward, share, shared=len(everybody) == 1)
 
 
 def learning(policy: Any, critic: Judge | None) -> list[Any]:

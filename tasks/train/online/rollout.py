@@ -103,7 +103,7 @@ def draw_answers(
     """Answer every prompt at random, raw: no penalty, no forced length, nothing of the model's generation config.
 
     Prompts are padded on the left, so that every answer begins at one position; the padding is masked and has no
-    position. It ends when every answer has its terminator.
+    position. One that comes several times is read once. It ends when every answer has its terminator.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -116,47 +116,42 @@ def draw_answers(
     Returns:
         [b, n] int64 on the processor; `pad` behind the terminator.
     """
+    ends = torch.tensor(sorted(stops), device=model.device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    answers = torch.full(numbers.shape, pad)
     with torch.no_grad(), few_rows(model):
-        return _draw(model, prompts, numbers, sampling, stops, pad)
-
-
-def _draw(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    numbers: Tensor,
-    sampling: Sampling,
-    stops: frozenset[int],
-    pad: int,
-) -> Tensor:
-    device = model.device
-    longest, count = max(map(len, prompts)), numbers.shape[1]
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros(len(prompts), longest + count, dtype=torch.int64)  # [b, p + n]
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1  # new tokens too; what comes behind a terminator is not read
-    mask, current = mask.to(device), ids.to(device)
-    positions = (mask[:, :longest].cumsum(dim=1) - 1).clamp(min=0)
-    ends = torch.tensor(sorted(stops), device=device)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    answers = torch.full((len(prompts), count), pad)
-    cache = None
-    for t in range(count):
-        seen = mask[:, : longest + t]
-        found = model(
-            input_ids=current,
-            attention_mask=seen,
-            position_ids=positions,
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = found.cache
-        drawn = choose(sampling.logits(found.logits[:, -1]), numbers[:, t])
-        drawn = torch.where(done, pad, drawn)
-        answers[:, t] = drawn.cpu()
-        done |= torch.isin(drawn, ends)
-        if bool(done.all()):
-            break
-        current, positions = drawn[:, None], positions[:, -1:] + 1
+        logits, mask, positions, cache = _read(model, prompts, pad)
+        for t in range(numbers.shape[1]):
+            drawn = torch.where(done, pad, choose(sampling.logits(logits), numbers[:, t]))
+            answers[:, t] = drawn.cpu()
+            done |= torch.isin(drawn, ends)
+            if bool(done.all()):
+                break
+            # new tokens are all seen: what comes behind a terminator is not read
+            mask, positions = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1), positions + 1
+            found = model(
+                input_ids=drawn[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits, cache = found.logits[:, -1], found.cache
     return answers
+
+
+def _read(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """What the model knows behind the prompts: logits [b, v], mask [b, p], position of the last token [b, 1], cache."""
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    longest = max(map(len, unique))
+    ids = torch.tensor([[*[pad] * (longest - len(prompt)), *prompt] for prompt in unique], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in unique], device=model.device)
+    mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    found = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    if len(unique) == len(prompts):
+        return found.logits[:, -1], mask, positions[:, -1:], found.cache
+    rows = torch.tensor([unique.index(tuple(prompt)) for prompt in prompts], device=model.device)
+    found.cache.reorder_cache(rows)
+    return found.logits[rows, -1], mask[rows], positions[rows, -1:], found.cache

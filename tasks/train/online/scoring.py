@@ -17,29 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tasks.sequences import IGNORED
-from tasks.train.batches import collate
 from tasks.train.likelihood import trained_logits
+from tasks.train.online.inputs import Answered, Inputs, make_inputs
 from tasks.train.online.roles import Roles
 from tasks.train.online.rollout import Sampling
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt and the answer that was drawn for it."""
-
-    row: int
-    """Number of the prompt in the shards."""
-    prompt: list[int]
-    answer: list[int]
-    """Its terminator included, where it has one."""
-    stopped: bool
-    """It has one; False when it was cut at `max_new_tokens`."""
-    reference: str | None
-    """The answer that the data set has."""
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
 
 
 @dataclass(frozen=True)
@@ -56,41 +37,13 @@ class Scored:
     """The reward model's; None without one."""
 
 
-def make_inputs(answers: Sequence[Answered], device: torch.device) -> dict[str, Any]:
-    """`input_ids`, `labels` (of answers only) and `attention_mask`, [b, s], padded on the right."""
-    rows = [
-        {
-            "input_ids": item.prompt + item.answer,
-            "labels": [IGNORED] * len(item.prompt) + item.answer,
-            "seq_lengths": [len(item)],
-        }
-        for item in answers
-    ]
-    inputs = collate(rows, packing=False).inputs
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-def drawn_from(inputs: dict[str, Any]) -> Tensor:
-    """[b, s] bool: the positions from which an answer's tokens were drawn, each one ahead of its token."""
-    places = torch.zeros_like(inputs["labels"], dtype=torch.bool)
-    places[:, :-1] = inputs["labels"][:, 1:] != IGNORED
-    return places
-
-
-def ends_of(inputs: dict[str, Any]) -> Tensor:
-    """[b, s] bool: the last real token of each row, found by the answer, never by the id of a pad token."""
-    answered = inputs["labels"] != IGNORED
-    steps = torch.arange(answered.shape[1], device=answered.device)
-    return steps == (answered * steps).argmax(dim=1, keepdim=True)
-
-
-def drawn_logits(model: Any, inputs: dict[str, Any], sampling: Sampling) -> tuple[Tensor, Tensor]:
+def drawn_logits(model: Any, inputs: Inputs, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Logits of the distribution that the answers' tokens are drawn from, [k, v] float32, and the tokens, [k]."""
-    logits, targets, _ = trained_logits(model, inputs)
+    logits, targets, _ = trained_logits(model, inputs.arguments(model) | {"labels": inputs.labels})
     return sampling.logits(logits, targets), targets
 
 
-def token_logps(model: Any, inputs: dict[str, Any], sampling: Sampling) -> Tensor:
+def token_logps(model: Any, inputs: Inputs, sampling: Sampling) -> Tensor:
     """[k] float32 log-probabilities of the answers' tokens, row by row."""
     logits, targets = drawn_logits(model, inputs, sampling)
     return -cross_entropy(logits, targets, reduction="none")
@@ -104,7 +57,7 @@ def entropies(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def score(roles: Roles, answers: Sequence[Answered], sampling: Sampling) -> list[Scored]:
     """Everything about the answers of a micro-batch that does not change while the policy learns from them."""
-    inputs = make_inputs(answers, roles.policy.device)
+    inputs = make_inputs(answers, roles.policy.device, roles.share)
     lengths = [len(item.answer) for item in answers]
     logits, targets = drawn_logits(roles.policy, inputs, sampling)
     logps, spread = -cross_entropy(logits, targets, reduction="none"), entropies(logits)
@@ -113,11 +66,11 @@ def score(roles: Roles, answers: Sequence[Answered], sampling: Sampling) -> list
     values: list[list[float] | None] = [None] * len(answers)
     if roles.critic is not None:
         with roles.critic.active():
-            values = [value.tolist() for value in roles.critic(inputs, drawn_from(inputs)).cpu().split(lengths)]
+            values = [value.tolist() for value in roles.critic(inputs, inputs.drawn_from()).cpu().split(lengths)]
     scores: list[float | None] = [None] * len(answers)
     if roles.reward is not None:
         with roles.reward.active():
-            scores = list(roles.reward(inputs, ends_of(inputs)).tolist())
+            scores = list(roles.reward(inputs, inputs.ends()).tolist())
     parts = [value.cpu().split(lengths) for value in (logps, reference, spread)]
     return [
         Scored(own.tolist(), other.tolist(), value, float(entropy.sum()), found)

@@ -18,7 +18,7 @@ from typing import Any
 
 from registry.reward_rules import RULES, is_code
 from tasks.program import ProgramError
-from tasks.train.online.scoring import Answered
+from tasks.train.online.inputs import Answered
 
 Function = Callable[..., Sequence[float | None]]
 

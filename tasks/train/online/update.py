@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from tasks.program import ProgramError
 from tasks.train.online.experience import Experience
+from tasks.train.online.inputs import Inputs, make_inputs
 from tasks.train.online.losses import BIGGEST, kl_loss, of_answers, policy_loss, shares, value_loss
 from tasks.train.online.roles import Judge, Roles
 from tasks.train.online.rollout import Sampling
-from tasks.train.online.scoring import drawn_from, make_inputs, token_logps
+from tasks.train.online.scoring import token_logps
 
 FIRST_RATIO = 1e-3  # of log-probabilities that are asked for twice; here they are equal, other kernels may round
 
@@ -181,15 +182,15 @@ class Update:
                 inputs = self._inputs(experience, rows)
                 before, returns = self._taken(experience, rows, "values", "returns")
                 with self.ranks.autocast():
-                    values = critic(inputs, drawn_from(inputs))
+                    values = critic(inputs, inputs.drawn_from())
                 losses, clipped = value_loss(values, before, returns, self.settings["cliprange_value"])
                 (losses.sum() / tokens).backward()
                 sums += torch.stack([losses.detach().double().sum().cpu(), clipped.double().sum().cpu()])
         total = (self.ranks.sum(sums.to(self.roles.policy.device)) / tokens).tolist()
         return dict(zip(("value_loss", "value_clip_fraction"), total, strict=True))
 
-    def _inputs(self, experience: Experience, rows: list[int]) -> dict[str, Any]:
-        return make_inputs([experience.answers[row] for row in rows], self.roles.policy.device)
+    def _inputs(self, experience: Experience, rows: list[int]) -> Inputs:
+        return make_inputs([experience.answers[row] for row in rows], self.roles.policy.device, self.roles.share)
 
     def _taken(self, experience: Experience, rows: list[int], *names: str) -> list[Tensor]:
         """[k] of each of the named tensors: the real tokens of some answers."""

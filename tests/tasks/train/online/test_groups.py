@@ -14,10 +14,11 @@ from tasks.program import Spec
 from tasks.train.online.advantages import RunningScores
 from tasks.train.online.experience import Experience, learn_from
 from tasks.train.online.groups import group_advantages, group_metrics, leave_one_out
+from tasks.train.online.inputs import Answered
 from tasks.train.online.losses import kl_loss, of_answers, shares
 from tasks.train.online.roles import Roles, make_roles
 from tasks.train.online.rollout import Sampling
-from tasks.train.online.scoring import Answered, Scored, score
+from tasks.train.online.scoring import Scored, score
 from tasks.train.online.update import Moved, Update
 from tests.tasks.train.online.runs import LOW, make_spec, train
 from tests.tasks.train.online.test_update import Alone

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from tasks.program import ProgramError, Spec
 from tasks.train.loading import load_base
+from tasks.train.online.inputs import Answered, make_inputs
 from tasks.train.online.roles import Roles, make_roles
 from tasks.train.online.rollout import Sampling
-from tasks.train.online.scoring import Answered, drawn_from, ends_of, make_inputs, score, token_logps
+from tasks.train.online.scoring import score, token_logps
 from tasks.train.reward import answer_scores
 from tests.tasks.train.online.runs import make_spec
 from tests.tasks.train.test_methods import merge
@@ -61,9 +62,9 @@ def test_with_a_reward_model_of_the_same_base_one_copy_of_it_serves_all_four(
 
 
 def test_the_shared_reward_model_scores_as_the_merged_one_does(made: dict[str, Path], tmp_path: Path) -> None:
-    inputs = make_inputs(ANSWERS, CPU)
+    inputs = make_inputs(ANSWERS, CPU, False)
     merged = load_base(str(made["merged"]), torch.float32, score=True)
-    wanted = answer_scores(merged, inputs)
+    wanted = answer_scores(merged, inputs.arguments(merged) | {"labels": inputs.labels})
     roles = shared(tmp_path / "run", made)
     found = torch.tensor([item.score for item in score(roles, ANSWERS, Sampling())])
     torch.testing.assert_close(found, wanted.detach(), atol=1e-5, rtol=1e-5)
@@ -81,13 +82,13 @@ def test_the_shared_reward_model_scores_as_the_merged_one_does(made: dict[str, P
 def test_the_critic_begins_as_the_reward_model(made: dict[str, Path], tmp_path: Path, method: str) -> None:
     reward = {"reward_adapter": made["adapter"]} if method == "lora" else {"reward_model": made["merged"]}
     roles = roles_of(tmp_path / "run", {"base": made["base"]} | reward, finetuning_type=method)
-    inputs = make_inputs(ANSWERS, CPU)
+    inputs = make_inputs(ANSWERS, CPU, False)
     assert roles.reward is not None
     with torch.no_grad():
         with roles.critic.active():
-            expected = roles.critic(inputs, ends_of(inputs))
+            expected = roles.critic(inputs, inputs.ends())
         with roles.reward.active():
-            scores = roles.reward(inputs, ends_of(inputs))
+            scores = roles.reward(inputs, inputs.ends())
     torch.testing.assert_close(expected, scores, atol=1e-6, rtol=1e-6)
 
 
@@ -105,7 +106,7 @@ def test_the_reference_and_the_reward_model_stay_what_they_are_while_the_policy_
     roles = shared(tmp_path / "run", made)
     before = score(roles, ANSWERS, Sampling())
     plain = AutoModelForCausalLM.from_pretrained(made["base"])
-    bare = token_logps(plain, make_inputs(ANSWERS, CPU), Sampling())
+    bare = token_logps(plain, make_inputs(ANSWERS, CPU, False), Sampling())
     torch.manual_seed(0)
     moved = [value for name, value in roles.policy.named_parameters() if ".default." in name or ".critic." in name]
     for value in moved:
@@ -126,9 +127,9 @@ def test_what_policy_and_critic_train_is_each_ones_own(made: dict[str, Path], tm
     assert policy
     assert all(".default." in name for name in policy)
     assert all(".critic." in name or name == "score.weight" for name in critic)
-    inputs = make_inputs(ANSWERS, CPU)
+    inputs = make_inputs(ANSWERS, CPU, False)
     with roles.critic.active():
-        roles.critic(inputs, drawn_from(inputs)).sum().backward()
+        roles.critic(inputs, inputs.drawn_from()).sum().backward()
     assert all(value.grad is not None for value in critic.values())
     assert all(value.grad is None for name, value in roles.policy.named_parameters() if ".critic." not in name)
     token_logps(roles.policy, inputs, Sampling()).sum().backward()

@@ -12,10 +12,11 @@ from registry.records import TrainSettings
 from tasks.program import ProgramError, Spec
 from tasks.train.online.advantages import RunningScores
 from tasks.train.online.experience import explained_variance, final_scores, learn_from
+from tasks.train.online.inputs import Answered, make_inputs
 from tasks.train.online.losses import policy_loss, value_loss
 from tasks.train.online.roles import Roles, make_roles
 from tasks.train.online.rollout import Sampling
-from tasks.train.online.scoring import Answered, drawn_logits, entropies, make_inputs, score, token_logps
+from tasks.train.online.scoring import drawn_logits, entropies, score, token_logps
 from tasks.train.online.update import Moved, Update, micro_batches, mini_batches
 from tests.tasks.train.online.runs import LOW, make_spec
 from tests.tiny import tiny_model
@@ -104,8 +105,8 @@ def test_gradients_do_not_depend_on_how_a_mini_batch_is_split(base: Path, tmp_pa
 def test_log_probabilities_are_those_of_a_plain_slow_loop(base: Path, tmp_path: Path) -> None:
     roles = roles_of(tmp_path / "run", base)
     sampling = Sampling(temperature=0.7, top_k=50)
-    logits, targets = drawn_logits(roles.policy, make_inputs(ANSWERS, torch.device("cpu")), sampling)
-    found = token_logps(roles.policy, make_inputs(ANSWERS, torch.device("cpu")), sampling)
+    logits, targets = drawn_logits(roles.policy, make_inputs(ANSWERS, torch.device("cpu"), False), sampling)
+    found = token_logps(roles.policy, make_inputs(ANSWERS, torch.device("cpu"), False), sampling)
     assert targets.tolist() == [token for item in ANSWERS for token in item.answer]
     slow, slow_entropies = [], []
     for item in ANSWERS:
