@@ -21,6 +21,7 @@ from tasks.shards import shape_of, tokenize_step
 from tasks.steps import Input, LocalFolder, Step, require_folder, upstream
 from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
 from tasks.training import REWARD_ADAPTER, REWARD_MODEL, merge_step, train_step
+from tasks.vocabulary import add_tokens_step
 
 BASE = "base"
 DATA_STEPS = ("model", "download", "fetch", "render", "tokenize")
@@ -95,6 +96,7 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
             label = f"{recipe.name}-{settings.name}-start"
             merged = merge_step(settings.name, label, start.model, given, "merge:adapter")
             start = replace(start, model=Input(merged))
+        start = _with_tokens(recipe, settings, start, stages)
         reference = None
         named = settings.train.ref_model
         if named is not None:
@@ -142,6 +144,24 @@ def _start(
         return Start(Input(stages[named].model), f"{recipe.name}-{named}", named)
     model, name = base_input(named or settings.model.model_name_or_path, settings.model.model_revision, home)
     return Start(model, name)
+
+
+def _with_tokens(recipe: Recipe, settings: StageSettings, start: Start, stages: dict[str, StageSteps]) -> Start:
+    """The same, behind a step that adds the tokens which a stage wants and none that it starts from has added."""
+    known: set[str] = set()
+    earlier = settings.model.model
+    while earlier in stages:
+        model = stages[earlier].settings.model
+        known |= {*model.add_tokens, *model.add_special_tokens}
+        earlier = model.model
+    tokens, special = (
+        [token for token in wanted if token not in known]
+        for wanted in (settings.model.add_tokens, settings.model.add_special_tokens)
+    )
+    if not tokens and not special:
+        return start
+    label = f"{recipe.name}-{settings.name}-start"
+    return replace(start, model=Input(add_tokens_step(settings.name, label, start.model, tokens, special)))
 
 
 def build_strict(pipeline: Pipeline) -> Pipeline:

@@ -22,6 +22,7 @@ WITHOUT_CRITIC = ("grpo", "rloo")
 ONLINE = ("ppo", *WITHOUT_CRITIC)
 WITH_REFERENCE = ("dpo", "kto", *ONLINE)
 ROWS_GIVEN = ("pt", "sft", *COMPARING)
+ADDED = ("add_tokens", "add_special_tokens")
 WHOLE_MATRICES = tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.whole_matrices)
 
 
@@ -124,6 +125,33 @@ REFUSALS: tuple[Refusal, ...] = (
         {"resume_from_checkpoint": SET, "resume": ("exact",), "deepspeed": SET},
         "DeepSpeed reads its optimizer state with pickle, which can run code that somebody put into the folder",
         "Set resume: weights_only. A run of your own that was interrupted goes on by the same command.",
+    ),
+    *(
+        Refusal(
+            name,
+            {name: SET, "stage": (*ONLINE, "rm")},
+            "the judges and the reference are of the model as it was",
+            "Add tokens in an sft stage, and start from that.",
+        )
+        for name in ADDED
+    ),
+    *(
+        Refusal(
+            name,
+            {name: SET, "adapter_name_or_path": SET},
+            "the adapter belongs to the model as it was",
+            "Merge it first (llamatuner export), or remove one of the two.",
+        )
+        for name in ADDED
+    ),
+    *(
+        Refusal(
+            name,
+            {name: SET, "finetuning_type": ("freeze",), "freeze_extra_modules": UNSET},
+            "the embedding would stay as it is, so nothing would be learned about new tokens",
+            "Name the embedding in freeze_extra_modules, or use finetuning_type: lora.",
+        )
+        for name in ADDED
     ),
     Refusal(
         "create_new_adapter",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from registry.record import Names, Record, Steps
 
+EMBEDDINGS = "embeddings"  # in `additional_target`, whatever a model calls them
 QLORA_BITS = 4  # of `use_qlora: true` (Dettmers et al. 2023, arXiv:2305.14314)
 
 
@@ -24,7 +25,8 @@ class LoraSettings(Record):
     """Module names that get LoRA matrices; `all` is every linear module but the output head, `default` the usual ones
     of the model's family."""
     additional_target: Names = ()
-    """Modules trained whole beside the matrices and saved with them, e.g. `embed_tokens,lm_head`."""
+    """Modules trained whole beside the matrices and saved with them, e.g. `embed_tokens,lm_head`; `embeddings` are the
+    embedding and the output head, whatever the model calls them, and the default with `add_tokens`."""
     use_rslora: bool = False
     """Scale updates by lora_alpha / sqrt(lora_rank), so that high ranks keep learning (arXiv:2312.03732)."""
     use_dora: bool = False

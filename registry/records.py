@@ -17,7 +17,7 @@ from registry.deepspeed import deepspeed_config
 from registry.loss_records import LossSettings
 from registry.method_records import MethodSettings
 from registry.online_records import GroupSettings, OnlineSettings, PpoSettings
-from registry.record import FullShard, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
+from registry.record import FullShard, Names, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
 from registry.reward_rules import short_name
 
 
@@ -32,6 +32,11 @@ class ModelSettings(Record):
     """Hub branch, tag or commit of the base model; the commit it pointed to is recorded."""
     adapter_name_or_path: Text | None = None
     """Local folder of a LoRA adapter to continue from; it must have been trained on the same base weights."""
+    add_tokens: Names = ()
+    """Text that becomes one token of its own wherever it stands; a list or `a,b`. The embedding and the output head get
+    rows for them, which begin as the mean of what the text was before, and are trained."""
+    add_special_tokens: Names = ()
+    """The same for control tokens, such as those of a template of your own."""
     resume_from_checkpoint: Text | None = None
     """Folder of a checkpoint to go on from (`checkpoint-N`, ours or of Hugging Face's Trainer); its content counts.
     The newest checkpoint of an interrupted run is found without it."""

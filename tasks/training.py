@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.combinations import ONLINE
+from registry.method_records import EMBEDDINGS
 from registry.recipe import StageSettings
 from registry.reward_rules import code_file, is_code, short_name
 from tasks.digests import sha256_file
@@ -85,7 +86,7 @@ def train_step(
         version=TRAIN_VERSION,
         label=label,
         identity={
-            "train": settings.train.identity() | ({"nnodes": nodes.count} if nodes.count > 1 else {}),
+            "train": _identity(settings) | ({"nnodes": nodes.count} if nodes.count > 1 else {}),
             "packing": shards.identity["packing"],
             "template": settings.template,
         }
@@ -99,6 +100,14 @@ def train_step(
         | ({"reward_files": {name: str(file) for name, file in code.items()}} if code else {}),
         heavy=True,
     )
+
+
+def _identity(settings: StageSettings) -> dict[str, Any]:
+    """The settings of the training; what is known of new tokens is in the embeddings, which LoRA leaves alone."""
+    found = settings.train.identity()
+    if found.get("additional_target") == [] and (settings.model.add_tokens or settings.model.add_special_tokens):
+        found["additional_target"] = [EMBEDDINGS]
+    return found
 
 
 def train(work: Work) -> dict[str, Any]:

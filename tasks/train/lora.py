@@ -17,6 +17,7 @@ from torch import nn
 
 from registry.errors import did_you_mean
 from registry.lora_targets import DEFAULT_TARGETS
+from registry.method_records import EMBEDDINGS
 from tasks.program import ProgramError
 from tasks.train.reference import ADAPTER, REFERENCE_ADAPTER, keep_adapter
 from tasks.train.reward import SCORE_HEAD
@@ -123,7 +124,9 @@ def resolve_whole(model: Any, asked: list[str]) -> list[str]:
     pair = model.get_input_embeddings(), model.get_output_embeddings()
     embedding = next(name for name, module in modules.items() if module is pair[0])
     for wanted in asked:
-        matching = {name: module for name, module in modules.items() if ends_with(name, wanted)}
+        matching = {name: m for name, m in modules.items() if ends_with(name, wanted)}
+        if wanted == EMBEDDINGS:
+            matching = {name: m for name, m in modules.items() if m in pair}
         if not matching:
             known = sorted({name.rpartition(".")[2] for name in modules})
             raise ProgramError(

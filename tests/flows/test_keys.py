@@ -26,6 +26,7 @@ from tests.tiny import tiny_model
 NOTHING: set[str] = set()
 READ, LEFT_OUT = {"fetch"}, {"fetch", "render"}
 TRAINED = {"train"}
+ON_MODEL = {"render", "tokenize", "train", "merge", "evaluate"}  # whose model is made here, and no local folder
 
 # Field → a changed value (FOLDER is where the recipe lies), and the kinds of steps whose own identity, or direct local
 # input, it changes. What hangs on those steps follows by the digests of what they make.
@@ -34,6 +35,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "model_name_or_path": ("FOLDER/other_model", {"train", "merge", "evaluate"}),
         "model_revision": ("v2", NOTHING),  # of a local folder there is one; see the test of hub models below
         "adapter_name_or_path": ("FOLDER/adapter", TRAINED),
+        **dict.fromkeys(("add_tokens", "add_special_tokens"), (["<a>"], {"add_tokens", *ON_MODEL})),
         "resume_from_checkpoint": ("FOLDER/checkpoint", TRAINED),
         "resume": ("weights_only", TRAINED),
     },
@@ -64,18 +66,14 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "pref_ftx": (0.5, TRAINED),
         "dpo_label_smoothing": (0.1, TRAINED),
         "simpo_gamma": (0.7, TRAINED),
-        "kto_chosen_weight": (2.0, TRAINED),
-        "kto_rejected_weight": (2.0, TRAINED),
+        **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight"), (2.0, TRAINED)),
         "center_rewards_coefficient": (0.01, TRAINED),
         "ref_model": ("FOLDER/other_model", TRAINED),
-        "max_new_tokens": (5, TRAINED),
-        "top_k": (50, TRAINED),
-        "rollout_batch_size": (2, TRAINED),
+        **dict.fromkeys(("max_new_tokens", "top_k", "rollout_batch_size"), (5, TRAINED)),
         "reward_model": ("FOLDER/other_model", TRAINED),
         "reward_funcs": (["stopped"], TRAINED),
         "reward_weights": ([-1.0], TRAINED),
-        "missing_eos_penalty": (1.0, TRAINED),
-        "score_clip": (5.0, TRAINED),
+        **dict.fromkeys(("missing_eos_penalty", "score_clip"), (5.0, TRAINED)),
         **dict.fromkeys(("ppo_score_norm", "ppo_whiten_rewards"), (True, TRAINED)),
         **dict.fromkeys(("cliprange", "cliprange_value", "kl_coef", "target_kl"), (0.1, TRAINED)),
         **dict.fromkeys(("gamma", "lam", "temperature", "top_p"), (0.9, TRAINED)),
@@ -92,12 +90,9 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "lora_dropout": (0.5, TRAINED),
         "lora_target": (["q_proj"], TRAINED),
         "additional_target": (["embed_tokens"], TRAINED),
-        "use_rslora": (True, TRAINED),
-        "use_dora": (True, TRAINED),
-        "pissa_init": (True, TRAINED),
+        **dict.fromkeys(("use_rslora", "use_dora", "pissa_init"), (True, TRAINED)),
         "loraplus_lr_ratio": (16.0, TRAINED),
-        # the base is what the merge makes, no longer a local folder
-        "create_new_adapter": (True, {"merge", "render", "tokenize", "train", "evaluate"}),
+        "create_new_adapter": (True, ON_MODEL),
         "use_qlora": (True, TRAINED),
         "quant_bit": (8, TRAINED),
         "quant_type": ("fp4", TRAINED),
@@ -243,7 +238,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 111
+    assert len(CASES) == 113
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])

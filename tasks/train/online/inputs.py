@@ -153,10 +153,10 @@ def make_inputs(answers: Sequence[Answered], device: torch.device, share: bool) 
     if share and len(answers) > 1:
         heads = [tuple(item.prompt[:-1]) for item in answers]
         unique = list(dict.fromkeys(heads))
-        common = _common(unique)
-        if common >= FEWEST:
-            shared.append(_pass([unique[0][:common]], None, [0], device))
-            starts = [common] * len(answers)
+        start = common(unique)
+        if start:
+            shared.append(_pass([unique[0][:start]], None, [0], device))
+            starts = [start] * len(answers)
         longest = max(map(len, unique)) - starts[0]
         if len(unique) < len(heads) and longest >= FEWEST and all(unique):
             before = shared[-1].mask if shared else None
@@ -171,11 +171,12 @@ def make_inputs(answers: Sequence[Answered], device: torch.device, share: bool) 
     return Inputs(tuple(shared), last, filled)
 
 
-def _common(rows: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all rows begin with."""
+def common(rows: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all rows begin with; 0 where it is not worth a pass of its own."""
     least, most = min(rows), max(rows)  # in the order of their tokens: what these two share, all do
     pairs = enumerate(zip(least, most, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(least), len(most)))
+    found = next((at for at, (one, other) in pairs if one != other), min(len(least), len(most)))
+    return found if found >= FEWEST else 0
 
 
 def _pass(rows: Sequence[Sequence[int]], before: Tensor | None, places: list[int], device: torch.device) -> Pass:

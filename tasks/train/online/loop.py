@@ -147,6 +147,7 @@ class Loop:
                     self.update.sampling,
                     self.words.stops,
                     self.words.pad,
+                    self.roles.share,
                 )
             lengths = answer_mask(ids, self.words.stops).sum(dim=1).tolist()
             for place, answer, length in zip(batch, ids.tolist(), lengths, strict=True):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tasks.train.fast_lora import few_rows
+from tasks.train.online.inputs import common
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def draw_answers(
     sampling: Sampling,
     stops: frozenset[int],
     pad: int,
+    share: bool,
 ) -> Tensor:
     """Answer every prompt at random, raw: no penalty, no forced length, nothing of the model's generation config.
 
@@ -112,6 +114,7 @@ def draw_answers(
         sampling: what is drawn from.
         stops: ids that end an answer.
         pad: id behind an answer's end, and in front of shorter prompts.
+        share: what prompts begin with in common is read once, see `inputs.shares_beginnings`.
 
     Returns:
         [b, n] int64 on the processor; `pad` behind the terminator.
@@ -120,7 +123,7 @@ def draw_answers(
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     answers = torch.full(numbers.shape, pad)
     with torch.no_grad(), few_rows(model):
-        logits, mask, positions, cache = _read(model, prompts, pad)
+        logits, mask, positions, cache = _read(model, prompts, pad, share)
         for t in range(numbers.shape[1]):
             drawn = torch.where(done, pad, choose(sampling.logits(logits), numbers[:, t]))
             answers[:, t] = drawn.cpu()
@@ -141,17 +144,29 @@ def draw_answers(
     return answers
 
 
-def _read(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+def _read(model: Any, prompts: Sequence[Sequence[int]], pad: int, share: bool) -> tuple[Tensor, Tensor, Tensor, Any]:
     """What the model knows behind the prompts: logits [b, v], mask [b, p], position of the last token [b, 1], cache."""
-    unique = list(dict.fromkeys(map(tuple, prompts)))
-    longest = max(map(len, unique))
-    ids = torch.tensor([[*[pad] * (longest - len(prompt)), *prompt] for prompt in unique], device=model.device)
-    lengths = torch.tensor([len(prompt) for prompt in unique], device=model.device)
-    mask = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    found = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    unique, device = list(dict.fromkeys(map(tuple, prompts))), model.device
+    start = common([prompt[:-1] for prompt in unique]) if share and len(unique) > 1 else 0
+    cache = None
+    if start:
+        cache = model(
+            input_ids=torch.tensor([unique[0][:start]], device=device), use_cache=True, logits_to_keep=1
+        ).cache
+        cache.reorder_cache(torch.zeros(len(unique), dtype=torch.int64, device=device))
+    lengths = torch.tensor([len(prompt) - start for prompt in unique], device=device)
+    longest = int(lengths.max())
+    ids = torch.tensor(
+        [[*[pad] * (longest - len(prompt) + start), *prompt[start:]] for prompt in unique], device=device
+    )
+    mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+    mask = torch.cat([mask.new_ones(len(unique), start), mask], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+    found = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
+    )
     if len(unique) == len(prompts):
         return found.logits[:, -1], mask, positions[:, -1:], found.cache
-    rows = torch.tensor([unique.index(tuple(prompt)) for prompt in prompts], device=model.device)
+    rows = torch.tensor([unique.index(tuple(prompt)) for prompt in prompts], device=device)
     found.cache.reorder_cache(rows)
     return found.logits[rows, -1], mask[rows], positions[rows, -1:], found.cache

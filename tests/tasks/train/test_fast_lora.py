@@ -14,7 +14,8 @@ from tasks.train.fast_lora import few_rows, speed_up
 from tests.tiny import tiny_model
 
 torch.set_num_threads(1)
-IDS = torch.tensor([[72, 105, 33, 7, 9], [1, 2, 3, 4, 5]])
+FEW = torch.tensor([[72, 105, 33, 7, 9], [1, 2, 3, 4, 5]])
+MANY = torch.arange(150).view(2, 75)  # rows that are multiplied in the usual way
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +36,22 @@ def adapted(base: Path, **fields: Any) -> Any:
     return model
 
 
-def logits_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def logits_and_gradients(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    logits = model(input_ids=IDS, use_cache=False).logits
+    logits = model(input_ids=ids, use_cache=False).logits
     logits.logsumexp(-1).sum().backward()
     return logits.detach(), {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
+@pytest.mark.parametrize("ids", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("adapter", ["default", "other"])
-def test_values_and_gradients_are_those_of_peft(base: Path, adapter: str) -> None:
+def test_values_and_gradients_are_those_of_peft(base: Path, adapter: str, ids: torch.Tensor) -> None:
     plain, fast = adapted(base), adapted(base)
     assert speed_up(fast) == 14
     for model in (plain, fast):
         model.base_model.set_adapter(adapter)
-    wanted, gradients = logits_and_gradients(plain)
-    found, others = logits_and_gradients(fast)
+    wanted, gradients = logits_and_gradients(plain, ids)
+    found, others = logits_and_gradients(fast, ids)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert others.keys() == gradients.keys()
     for name, value in gradients.items():
@@ -61,7 +63,21 @@ def test_without_an_adapter_it_is_the_base_to_the_bit(base: Path) -> None:
     speed_up(model)
     alone = AutoModelForCausalLM.from_pretrained(base)
     with model.disable_adapter(), torch.no_grad():
-        assert torch.equal(model(input_ids=IDS).logits, alone(input_ids=IDS).logits)
+        assert torch.equal(model(input_ids=MANY).logits, alone(input_ids=MANY).logits)
+        torch.testing.assert_close(model(input_ids=FEW).logits, alone(input_ids=FEW).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [FEW, MANY], ids=["few", "many"])
+def test_an_adapter_that_begins_with_0_is_the_base_to_the_bit(base: Path, ids: torch.Tensor) -> None:
+    model = adapted(base)
+    speed_up(model)
+    for name, value in model.named_parameters():
+        if ".lora_B.default." in name:
+            value.data.zero_()
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, found)
 
 
 @pytest.mark.parametrize("fields", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
@@ -77,8 +93,8 @@ def test_few_rows_from_the_other_side_have_the_same_values_and_leave_no_trace(ba
         for adapter in ("default", "other"):
             model.base_model.set_adapter(adapter)
             with torch.no_grad():
-                wanted, own = model(input_ids=IDS).logits, [vars(module).get("forward") for module in model.modules()]
+                wanted, own = model(input_ids=FEW).logits, [vars(module).get("forward") for module in model.modules()]
                 with few_rows(model):
-                    torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-5, rtol=1e-5)
-                assert torch.equal(model(input_ids=IDS).logits, wanted)
+                    torch.testing.assert_close(model(input_ids=FEW).logits, wanted, atol=1e-5, rtol=1e-5)
+                assert torch.equal(model(input_ids=FEW).logits, wanted)
             assert [vars(module).get("forward") for module in model.modules()] == own

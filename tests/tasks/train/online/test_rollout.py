@@ -26,8 +26,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def draw(model: Any, prompts: list[list[int]], places: list[int], sampling: Sampling, n: int = 12) -> torch.Tensor:
-    return draw_answers(model, prompts, uniforms(3, 7, places, n), sampling, STOPS, PAD)
+def draw(
+    model: Any, prompts: list[list[int]], places: list[int], sampling: Sampling, n: int = 12, share: bool = True
+) -> torch.Tensor:
+    return draw_answers(model, prompts, uniforms(3, 7, places, n), sampling, STOPS, PAD, share)
 
 
 def test_an_answer_depends_on_its_own_prompt_seed_step_and_place_alone(model: Any) -> None:
@@ -37,6 +39,17 @@ def test_an_answer_depends_on_its_own_prompt_seed_step_and_place_alone(model: An
     backwards = draw(model, PROMPTS[::-1], [3, 2, 1, 0], Sampling())
     assert backwards.tolist()[::-1] == together.tolist()
     assert draw(model, PROMPTS, [4, 5, 6, 7], Sampling()).tolist() != together.tolist()
+
+
+def test_what_prompts_share_is_read_once_and_changes_no_answer(model: Any) -> None:
+    system = list(range(100, 112))
+    prompts = [[*system, *prompt] for prompt in PROMPTS] + [[*system, *PROMPTS[1]]] * 2
+    places = list(range(len(prompts)))
+    together = draw(model, prompts, places, Sampling())
+    assert together.tolist() == draw(model, prompts, places, Sampling(), share=False).tolist()
+    for place, prompt in enumerate(prompts):
+        assert draw(model, [prompt], [place], Sampling()).tolist() == [together[place].tolist()]
+    assert len({tuple(together[place].tolist()) for place in (1, 4, 5)}) == 3
 
 
 def test_almost_no_temperature_gives_the_greedy_answer(model: Any) -> None:
