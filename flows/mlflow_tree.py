@@ -126,7 +126,8 @@ class MlflowTree:
         run_id = self._tracker.open(f"{label} evaluation", parent, self._tags)
         results = read_results(outcome.artifact.path, step.runtime["set_names"])
         values = {name: result["value"] for name, result in results.items()}
-        self._tracker.results(run_id, values)
+        ends = {f"{name}.{end}": result[end] for name, result in results.items() for end in ("low", "high")}
+        self._tracker.results(run_id, values | ends)
         if measured:
             self._tracker.results(measured, values)
         if outcome.state == "cached":
@@ -139,12 +140,14 @@ class MlflowTree:
         self._tracker.close(run_id, "FINISHED")
         return {"mlflow_run_id": run_id} if outcome.state == "ran" else {}
 
-    def end(self, status: str, results: dict[str, dict[str, float]]) -> None:
+    def end(self, status: str, results: dict[str, dict[str, dict[str, Any]]]) -> None:
         """Close the tree as FINISHED, FAILED or KILLED; the pipeline run shows every stage's results.
 
         A stage that is done is FINISHED, however the others ended.
         """
-        flat = {f"{stage}/{name}": value for stage, values in results.items() for name, value in values.items()}
+        flat = {
+            f"{stage}/{name}": found["value"] for stage, values in results.items() for name, found in values.items()
+        }
         self._tracker.results(self._tracker.run_id, flat)
         for name, stage in self._pipeline.stages.items():
             if (stage.evaluated or stage.model).title in self._outcomes:

@@ -111,10 +111,11 @@ def preview_page(stage: StageSteps, artifact: Artifact) -> None:
 def results_page(session: Session) -> None:
     """Results per stage, where time went, what did not run and why, and the MLflow run."""
     results = session.results()
-    lines = ["| stage | metric | value |", "| --- | --- | --- |"]
-    lines += [
-        f"| {stage} | {name} | {value:.6g} |" for stage, values in results.items() for name, value in values.items()
-    ]
+    lines = ["| stage | metric | value | 95 % | rows |", "| --- | --- | --- | --- | --- |"]
+    for stage, values in results.items():
+        for name, found in values.items():
+            limits = f"{found['low']:.4g} to {found['high']:.4g}" if "low" in found else ""
+            lines.append(f"| {stage} | {name} | {found['value']:.6g} | {limits} | {found.get('rows', '')} |")
     lines += ["", "| step | state | time |", "| --- | --- | --- |"]
     lines += [f"| {title} | {o.state} | {duration(o.seconds)} |" for title, o in session.outcomes.items()]
     lines += ["", *(f"* {line}" for line in session.failures())]

@@ -149,8 +149,8 @@ class Session:
                 lines.append(name | {"state": "not_run"} | empty | {"because": waiting[step.title]})
         return lines
 
-    def results(self) -> dict[str, dict[str, float]]:
-        """Stage → metric → value, of what is done so far."""
+    def results(self) -> Results:
+        """What is done so far came to."""
         return results_of(self.pipeline, {title: outcome.artifact for title, outcome in self.outcomes.items()})
 
     def finish(self) -> str:
@@ -190,18 +190,23 @@ def outcome_json(step: Step, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def results_of(pipeline: Pipeline, artifacts: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Stage → metric → value, from finished artifacts by step title."""
-    results: dict[str, dict[str, float]] = {}
+Results = dict[str, dict[str, dict[str, Any]]]
+"""Stage → metric → `value`, and of what was measured on rows also `low` and `high` (95 %), `rows` and what else there
+is."""
+
+
+def results_of(pipeline: Pipeline, artifacts: dict[str, Any]) -> Results:
+    """What finished artifacts, by step title, came to."""
+    results: Results = {}
     for stage, step in pipeline.evaluations().items():
         if step.title in artifacts:
             found = read_results(artifacts[step.title].path, step.runtime["set_names"])
-            results.setdefault(stage, {}).update({name: result["value"] for name, result in found.items()})
+            results.setdefault(stage, {}).update(found)
     for name, stage_steps in pipeline.stages.items():
         artifact = artifacts.get(stage_steps.trained.title)
         if artifact:
             counts = artifact.manifest["counts"]
-            wanted = {f"train.{key}": counts[key] for key in TRAINING_RESULTS if key in counts}
+            wanted = {f"train.{key}": {"value": counts[key]} for key in TRAINING_RESULTS if key in counts}
             results.setdefault(name, {}).update(wanted)
     return results
 

@@ -86,6 +86,8 @@ class Result:
     rows: int
     after: float
     before: float | None = None
+    limits: tuple[float, float] | None = None
+    """Of the 95 % interval of `after`."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +226,12 @@ class Card:
     def _results(self) -> str:
         if not self.results:
             return "Nothing was measured on held-out rows."
-        rows = [
-            (r.name, str(r.rows), "" if r.before is None else f"{r.before:.6g}", f"{r.after:.6g}") for r in self.results
-        ]
-        table = _table(("held-out", "rows", "before the last stage", "after"), rows)
+        rows = []
+        for r in self.results:
+            before = "" if r.before is None else f"{r.before:.6g}"
+            limits = f"{r.limits[0]:.4g} to {r.limits[1]:.4g}" if r.limits else ""
+            rows.append((r.name, str(r.rows), before, f"{r.after:.6g}", limits))
+        table = _table(("held-out", "rows", "before the last stage", "after", "95 % interval"), rows)
         if self.dtype != self.saved_dtype:
             table += f"\n\nMeasured on the {self.saved_dtype} weights, before they were rounded."
         return table

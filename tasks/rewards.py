@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
+
 from registry.errors import InputError, Problem
+from tasks.intervals import drawn_sums, limits, mean_limits
 from tasks.program import ProgramError
 from tasks.scoring import Shards, batches
 from tasks.sequences import IGNORED
@@ -42,28 +45,31 @@ def reward_results(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
     >>> pairs = [(ScoredText(2.0, 9), ScoredText(1.0, 5)), (ScoredText(0.5, 4), ScoredText(0.5, 8))]
     >>> found = reward_results(pairs)
     >>> found["reward_accuracy"]
-    {'value': 0.5, 'right': 1, 'ties': 1, 'rows': 2}
+    {'value': 0.5, 'low': 0.0, 'high': 1.0, 'right': 1, 'ties': 1, 'rows': 2}
     >>> found["reward_accuracy_chosen_shorter"]
-    {'value': 0.0, 'right': 0, 'ties': 1, 'rows': 1}
+    {'value': 0.0, 'low': 0.0, 'high': 0.0, 'right': 0, 'ties': 1, 'rows': 1}
 
     Returns:
-        By name, each with `value` and `rows`: `reward_accuracy` and `reward_margin` (mean), both also of the pairs
-        whose preferred answer is shorter, of about the same length or longer (`…_chosen_shorter` …; a name without
-        pairs is left out); `longer_is_better_accuracy`; `reward_calibration_error` with its bins; `reward_score`.
+        By name, each with `value`, `low` and `high` (95 %, see `tasks.intervals`; pairs are drawn) and `rows`:
+        `reward_accuracy` and `reward_margin` (mean), both also of the pairs whose preferred answer is shorter, of about
+        the same length or longer (`…_chosen_shorter` …; a name without pairs is left out);
+        `longer_is_better_accuracy`; `reward_calibration_error` with its bins; `reward_score`.
 
     Raises:
         ProgramError: `bad_setting` without pairs, `not_finite` for a score that is not a number.
     """
     results = score_results([text for pair in pairs for text in pair])
-    results["reward_score"]["rows"] = len(pairs)
+    means = numpy.array([(chosen.score + rejected.score) / 2 for chosen, rejected in pairs])
+    results["reward_score"] |= {"rows": len(pairs), **mean_limits(means)}
     scores = [(chosen.score, rejected.score) for chosen, rejected in pairs]
     for name in ("", *LENGTHS):
         part = [score for score, pair in zip(scores, pairs, strict=True) if name in ("", length_of(pair))]
         if part:
             ending = f"_{name}" if name else ""
             results[f"reward_accuracy{ending}"] = _accuracy(part)
-            margin = math.fsum(chosen - rejected for chosen, rejected in part) / len(part)
-            results[f"reward_margin{ending}"] = {"value": margin, "rows": len(part)}
+            margins = [chosen - rejected for chosen, rejected in part]
+            mean = {"value": math.fsum(margins) / len(part), **mean_limits(numpy.array(margins))}
+            results[f"reward_margin{ending}"] = mean | {"rows": len(part)}
     results["longer_is_better_accuracy"] = _accuracy([(chosen.tokens, rejected.tokens) for chosen, rejected in pairs])
     results["reward_calibration_error"] = calibration([chosen - rejected for chosen, rejected in scores])
     return results
@@ -81,7 +87,8 @@ def score_results(texts: Sequence[ScoredText]) -> dict[str, dict[str, Any]]:
     if not all(map(math.isfinite, scores)):
         raise ProgramError("not_finite", "a score is not a number: the model is broken.")
     mean = math.fsum(scores) / len(scores)
-    return {"reward_score": {"value": mean, "lowest": min(scores), "highest": max(scores), "rows": len(scores)}}
+    found = {"value": mean, **mean_limits(numpy.array(scores)), "lowest": min(scores), "highest": max(scores)}
+    return {"reward_score": found | {"rows": len(scores)}}
 
 
 def length_of(pair: Pair) -> str:
@@ -97,9 +104,10 @@ def length_of(pair: Pair) -> str:
 
 
 def _accuracy(scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    right = sum(chosen > rejected for chosen, rejected in scores)
+    rights = [chosen > rejected for chosen, rejected in scores]
+    right, found = sum(rights), mean_limits(numpy.array(rights, numpy.float64))
     ties = sum(chosen == rejected for chosen, rejected in scores)
-    return {"value": right / len(scores), "right": right, "ties": ties, "rows": len(scores)}
+    return {"value": right / len(scores), **found, "right": right, "ties": ties, "rows": len(scores)}
 
 
 def calibration(margins: Sequence[float]) -> dict[str, Any]:
@@ -112,15 +120,18 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
         margins: score of the preferred answer less that of the other.
 
     Returns:
-        `value`, the mean over pairs of |share right − mean probability| of their bin; `rows`; `bins` of 0.05 that hold
-        pairs: `from`, `to`, `rows`, `right`, `predicted` (mean).
+        `value`, with `low` and `high`, the mean over pairs of |share right − mean probability| of their bin; `rows`;
+        `bins` of 0.05 that hold pairs: `from`, `to`, `rows`, `right`, `predicted` (mean).
 
     Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
     parts: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
-    for margin in margins:
+    off = numpy.zeros((len(margins), BINS))  # by how much a pair is right more often than it was said to be
+    for row, margin in enumerate(margins):
         predicted = 1 / (1 + math.exp(-abs(margin)))
-        parts[min(BINS - 1, int((predicted - 0.5) * 2 * BINS))].append((predicted, margin > 0))
+        number = min(BINS - 1, int((predicted - 0.5) * 2 * BINS))
+        parts[number].append((predicted, margin > 0))
+        off[row, number] = (margin > 0) - predicted
     bins = [
         {
             "from": round(0.5 + number / (2 * BINS), 3),
@@ -133,7 +144,8 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
         if part
     ]
     error = math.fsum(abs(each["right"] - each["rows"] * each["predicted"]) for each in bins) / len(margins)
-    return {"value": error, "rows": len(margins), "bins": bins}
+    drawn = numpy.abs(drawn_sums(off)).sum(axis=1) / len(margins)
+    return {"value": error, **limits(drawn), "rows": len(margins), "bins": bins}
 
 
 def require_reward_model(folder: Path, where: str) -> None:

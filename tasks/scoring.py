@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
+from tasks.intervals import Array, drawn_ratios, limits
 from tasks.program import ProgramError
 from tasks.sequences import IGNORED, TokenizedSequences
 
@@ -42,7 +45,7 @@ def perplexity(rows: Iterable[RowScore]) -> dict[str, Any]:
         rows: of one data set, in any order and split.
 
     Returns:
-        `value`, `nll` (sum, nats), `tokens`, `rows`.
+        `value`, `low` and `high` (95 %, see `tasks.intervals`), `nll` (sum, nats), `tokens`, `rows`.
 
     Raises:
         ProgramError: `not_finite` for a NaN or infinite sum, `bad_setting` when nothing is scored.
@@ -60,7 +63,14 @@ def perplexity(rows: Iterable[RowScore]) -> dict[str, Any]:
         raise ProgramError(
             "not_finite", f"the negative log-likelihood of {tokens} tokens sums to {nll}: the model is broken."
         )
-    return {"value": math.exp(nll / tokens), "nll": nll, "tokens": tokens, "rows": len(scores)}
+    drawn = drawn_perplexities(scores)
+    return {"value": math.exp(nll / tokens), **limits(drawn), "nll": nll, "tokens": tokens, "rows": len(scores)}
+
+
+def drawn_perplexities(rows: Sequence[RowScore]) -> Array:
+    """Perplexities of drawn rows, [n] of `tasks.intervals`; those of two models on the same rows belong together."""
+    tops, bottoms = (numpy.array([getattr(row, name) for row in rows], numpy.float64) for name in ("nll", "tokens"))
+    return numpy.exp(drawn_ratios(tops, bottoms))
 
 
 class Shards:

@@ -129,6 +129,18 @@ def score(
     raise typer.Exit(score_file(model, file, stage, out, overrides or [], json))
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="RUN, RUN:STAGE, RECIPE or RECIPE:STAGE.")],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser as well.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what differs between finished runs, and whether it is more than chance."""
+    from flows.cli.comparing import compare_runs
+
+    compare_runs(runs, html, json)
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="models, datasets, stages, methods, templates or recipes")] = None,

@@ -82,7 +82,7 @@ def card_of(pipeline: Pipeline, stage: str, artifacts: Artifacts, adapter: bool,
         task="text-generation" if kind.makes_text else "text-classification",
         chat=kind.shape != "text",
         adapter=adapter,
-        on_base=len(chain) == 1 and not chain[0].settings.train.create_new_adapter,
+        on_base=len(chain) == 1 and not chain[0].settings.train.create_new_adapter and not _added(chain[0]),
         saved_dtype=saved,
         dtype=dtype,
     )
@@ -137,6 +137,10 @@ def _stage(steps: StageSteps, artifacts: Artifacts, measured: bool) -> StageReco
     )
 
 
+def _added(steps: StageSteps) -> list[str]:
+    return [*steps.settings.model.add_tokens, *steps.settings.model.add_special_tokens]
+
+
 def _starts_from(steps: StageSteps, trained: Artifact) -> str:
     settings, inputs = steps.settings, trained.manifest["inputs"]
     text = settings.model.model or "the base"
@@ -144,6 +148,8 @@ def _starts_from(steps: StageSteps, trained: Artifact) -> str:
         text += f", going on with the adapter of digest {inputs['adapter']['digest']}"
     elif settings.train.create_new_adapter:
         text += ", with an adapter merged into it first"
+    if _added(steps):
+        text += f", with the tokens {', '.join(f'`{token}`' for token in _added(steps))} added to it first"
     if "reference" in inputs:
         text += f", compared with the model of digest {inputs['reference']['digest']}"
     for name in (name for name in (REWARD_MODEL, REWARD_ADAPTER) if name in inputs):
@@ -206,7 +212,7 @@ def _results(pipeline: Pipeline, last: StageSteps, artifacts: Artifacts) -> Iter
     befores = _measured(pipeline.befores[last.before], artifacts) if last.before else {}
     for name, result in _measured(last.evaluated, artifacts).items():
         before = befores[name]["value"] if name in befores else None
-        yield Result(name, result["rows"], result["value"], before)
+        yield Result(name, result["rows"], result["value"], before, (result["low"], result["high"]))
 
 
 def _measured(step: Step, artifacts: Artifacts) -> dict[str, dict[str, Any]]:

@@ -172,9 +172,9 @@ def list_runs(limit: int, as_json: bool) -> None:
             break
     for values in found:
         results = [
-            f"{stage} {metric}={value:.4g}"
+            f"{stage} {metric}={one['value'] if isinstance(one, dict) else one:.4g}"  # older ones: a number
             for stage, metrics in values.get("results", {}).items()
-            for metric, value in metrics.items()
+            for metric, one in metrics.items()
             if metric.startswith(("perplexity.", "reward_accuracy."))
         ]
         steps = values.get("steps", [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import asdict, replace
 from itertools import islice
@@ -13,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.cli.output import people, print_json
+from flows.cli.pages import require_page, write_page
 from flows.graph import StageSteps, build
-from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.loading import load_recipe
 from tasks.artifacts import Store
@@ -37,7 +36,7 @@ def preview_recipe(name: str, overrides: list[str], rows: int | None, as_json: b
         InputError: the page's file cannot be written, or is another file that is there.
     """
     if page:
-        _require_writable(page)
+        require_page(page, FIRST_LINE)
     console = people(as_json)
     home = Home.open()
     pipeline = build(load_recipe(name, overrides), home)
@@ -49,7 +48,7 @@ def preview_recipe(name: str, overrides: list[str], rows: int | None, as_json: b
         kept = list(islice(seen, limit))
         shown.append(StageRows(steps.settings.name, kept, next(seen, None) is not None))
     if page:
-        _write(page, preview_page(pipeline.recipe.name, shown))
+        write_page(page, preview_page(pipeline.recipe.name, shown))
         count = sum(len(stage.rows) for stage in shown)
         console.print(Text(f"{page}: {count} texts{', and there are more' if any(s.more for s in shown) else ''}"))
     else:
@@ -59,27 +58,6 @@ def preview_recipe(name: str, overrides: list[str], rows: int | None, as_json: b
     if as_json:
         answer: dict[str, Any] = {"rows": [_plain(stage.name, row) for stage in shown for row in stage.rows]}
         print_json(answer | ({"html": str(page)} if page else {}))
-
-
-def _require_writable(page: Path) -> None:
-    """A mistyped name must not cost a data set: only an earlier page is written over."""
-    where = f"--html {page}"
-    if not page.parent.is_dir():
-        raise InputError(Problem(where, f"there is no folder {page.parent}", "Make it, or name another file."))
-    if not os.path.lexists(page):
-        return
-    if not page.is_file():
-        raise InputError(Problem(where, "is there and is no file", "Name another file."))
-    with page.open("rb") as file:
-        if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
-            raise InputError(Problem(where, "is there and is no preview page", "Remove it, or name another file."))
-
-
-def _write(page: Path, text: str) -> None:
-    try:
-        page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(Problem(f"--html {page}", f"cannot be written: {error.strerror}", "Name another.")) from error
 
 
 def _print_row(console: Console, row: SeenRow) -> None:

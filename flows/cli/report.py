@@ -69,12 +69,15 @@ def _results(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome])
             for name, found in by_set(outcomes[evaluated.title].artifact.path, evaluated.runtime["set_names"]).items():
                 print_rewards(console, f"{stage}  {name}", found)
             values = {metric: value for metric, value in values.items() if metric.startswith("train.")}
-        for metric, value in values.items():
-            before = results.get(pipeline.stages[stage].before or "", {}).get(metric)
+        for metric, found in values.items():
+            value, before = found["value"], results.get(pipeline.stages[stage].before or "", {}).get(metric)
             if before is not None:
-                change = f"{before:.2f} before, {value:.2f} after ({(value - before) / before:+.0%})"
+                old = before["value"]
+                change = f"{old:.2f} before, {value:.2f} after ({(value - old) / old:+.0%})"
             else:
                 change = f"{value:.6g}"
+            if "low" in found:
+                change += f"; 95 % from {found['low']:.3g} to {found['high']:.3g}, {found['rows']:,} rows"
             console.print(Text(f"{stage}  {metric}: {change}"))
     console.print()
 

@@ -109,7 +109,7 @@ def test_a_chain_is_one_run_and_a_change_of_dpo_redoes_dpo_only(recipe: str) -> 
     results = first["results"]
     assert set(results) == {"sft:dpo", "sft", "dpo", "rm"}  # what dpo starts from is measured as dpo is
     assert results["sft:dpo"]["perplexity.validation"] != results["dpo"]["perplexity.validation"]
-    assert results["dpo"]["train.rewards/margins"] != 0.0
+    assert results["dpo"]["train.rewards/margins"]["value"] != 0.0
     plan = run("plan", recipe, "--set", "stages.dpo.pref_beta=0.3")
     waiting = {f"{step['stage']}/{step['step']}" for step in plan["steps"] if step["state"] != "cached"}
     assert waiting == {"dpo/train", "dpo/merge", "dpo/evaluate"}

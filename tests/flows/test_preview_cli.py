@@ -34,7 +34,7 @@ def test_a_page_alone_says_where_it_is_and_takes_an_earlier_ones_place(folder: P
 @pytest.mark.parametrize(
     ("target", "rule"),
     [
-        ("train.jsonl", "is there and is no preview page. Remove it, or name another file."),
+        ("train.jsonl", "is there and is no such page. Remove it, or name another file."),
         (".", "is there and is no file"),
         ("nowhere/page.html", "there is no folder nowhere"),
     ],

@@ -97,7 +97,7 @@ def test_a_recipe_runs_whole_and_then_there_is_nothing_to_do(name: str, place: P
     first, _ = ask(capsys, "run", recipe)
     assert first["status"] == "completed"
     assert {f"{stage}/{step}" for stage in CHAINS[name] for step in ("train", "merge", "evaluate")} <= {*states(first)}
-    assert [first["results"][stage]["train.steps"] for stage in CHAINS[name]] == [3] * len(CHAINS[name])
+    assert [first["results"][stage]["train.steps"] for stage in CHAINS[name]] == [{"value": 3}] * len(CHAINS[name])
     again, _ = ask(capsys, "run", recipe)
     assert (again["status"], again["results"]) == ("up-to-date", first["results"])
     assert titles(again, "cached") == set(states(first))

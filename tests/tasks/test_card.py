@@ -40,7 +40,7 @@ CARD = Card(
     name="demo-sft",
     base=HUB,
     stages=(STAGE,),
-    results=(Result("perplexity.mine", 6, 2.4812345, 71.4312345), Result("perplexity.new", 3, 5.0)),
+    results=(Result("perplexity.mine", 6, 2.4812345, 71.4312345, (2.4, 2.56)), Result("perplexity.new", 3, 5.0)),
     task="text-generation",
     chat=True,
     adapter=False,
@@ -134,8 +134,8 @@ def test_data_settings_numbers_and_versions_are_there() -> None:
         "learning_rate": 2e-5,
         "seed": 0,
     }
-    assert "| perplexity.mine | 6 | 71.4312 | 2.48123 |" in lines
-    assert "| perplexity.new | 3 |  | 5 |" in lines
+    assert "| perplexity.mine | 6 | 71.4312 | 2.48123 | 2.4 to 2.56 |" in lines
+    assert "| perplexity.new | 3 |  | 5 |  |" in lines
 
 
 def test_weights_that_were_rounded_are_said_to_be_and_numbers_are_not_theirs() -> None:

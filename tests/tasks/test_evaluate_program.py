@@ -53,20 +53,22 @@ def slow_scores(model: Any, rows: Sequence[dict[str, list[int]]]) -> list[tuple[
 
 def test_perplexity_is_one_division_at_the_end() -> None:
     result = perplexity([RowScore(2.0, 2), RowScore(16.0, 8)])
-    assert result == {"value": pytest.approx(6.0496, abs=5e-5), "nll": 18.0, "tokens": 10, "rows": 2}
+    limits = {"low": pytest.approx(math.exp(1)), "high": pytest.approx(math.exp(2))}  # one row twice, or the other
+    assert result == {"value": pytest.approx(6.0496, abs=5e-5), **limits, "nll": 18.0, "tokens": 10, "rows": 2}
 
 
 def test_perplexity_does_not_depend_on_the_order_or_split_of_rows() -> None:
     rows = [RowScore(0.1 * number, number) for number in range(1, 50)]
     whole = perplexity(rows)
-    assert perplexity(rows[::-1]) == whole
+    assert perplexity(rows[::-1])["value"] == whole["value"]
     parts = [perplexity(rows[:7]), perplexity(rows[7:])]
     again = perplexity([RowScore(part["nll"], part["tokens"]) for part in parts])
     assert again["value"] == pytest.approx(whole["value"], rel=1e-14)
 
 
 def test_rows_without_scored_tokens_change_nothing_but_the_count_of_rows() -> None:
-    assert perplexity([RowScore(3.0, 2), RowScore(0.0, 0)]) == {**perplexity([RowScore(3.0, 2)]), "rows": 2}
+    with_one, without = perplexity([RowScore(3.0, 2), RowScore(0.0, 0)]), perplexity([RowScore(3.0, 2)])
+    assert with_one == without | {"rows": 2}  # drawn without a scored token there is no perplexity, and none counts
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_the_program_writes_results_answers_and_progress(folder: Path, model: An
     output = tmp_path / "output"
     expected = perplexity(RowScore(*score) for score in slow_scores(model, rows))
     assert json.loads((output / "results.json").read_text()) == {
-        "perplexity.0": {**expected, "value": pytest.approx(expected["value"]), "nll": pytest.approx(expected["nll"])}
+        "perplexity.0": {name: pytest.approx(value) for name, value in expected.items()}
     }
     assert [line["row"] for line in read_lines(output / "nll.0.jsonl")] == list(range(6))
     answers = read_lines(output / "answers.jsonl")
@@ -299,7 +301,7 @@ def test_a_reward_model_is_measured_on_pairs_and_scores_answers_without_one(fold
     assert [line["row"] for line in lines] == list(range(6))
     results = json.loads((output / "results.json").read_text())
     right = sum(line["chosen"] > line["rejected"] for line in lines)
-    assert results["reward_accuracy.0"] == {"value": right / 6, "right": right, "ties": 0, "rows": 6}
+    assert results["reward_accuracy.0"].items() >= {"value": right / 6, "right": right, "ties": 0, "rows": 6}.items()
     longer = sum(line["chosen_tokens"] > line["rejected_tokens"] for line in lines)
     assert results["longer_is_better_accuracy.0"]["right"] == longer
     by_length = [result for name, result in results.items() if name.startswith("reward_accuracy_")]

@@ -45,9 +45,11 @@ def pair(chosen: float, rejected: float, chosen_tokens: int = 5, rejected_tokens
 
 def test_a_pair_with_equal_scores_is_not_right() -> None:
     found = reward_results([pair(2.0, 1.0), pair(0.5, 0.5), pair(0.0, 3.0)])
-    assert found["reward_accuracy"] == {"value": 1 / 3, "right": 1, "ties": 1, "rows": 3}
-    assert found["reward_margin"] == {"value": pytest.approx(-2 / 3), "rows": 3}
-    assert found["reward_score"] == {"value": pytest.approx(7 / 6), "lowest": 0.0, "highest": 3.0, "rows": 3}
+    accuracy, margin, score = (found[f"reward_{name}"] for name in ("accuracy", "margin", "score"))
+    assert accuracy == {"value": 1 / 3, "low": 0.0, "high": 1.0, "right": 1, "ties": 1, "rows": 3}
+    assert margin == {"value": pytest.approx(-2 / 3), "low": -3.0, "high": 1.0, "rows": 3}
+    limits = {"low": pytest.approx(0.5), "high": pytest.approx(1.5)}
+    assert score == {"value": pytest.approx(7 / 6), **limits, "lowest": 0.0, "highest": 3.0, "rows": 3}
 
 
 def test_a_score_that_is_no_number_is_an_error() -> None:
@@ -69,7 +71,7 @@ def test_a_model_that_only_likes_long_answers_is_seen_by_length() -> None:
     assert margins == {"chosen_shorter": -8.5, "similar_length": 0.0, "chosen_longer": 18.0}
     # answers of one length: the rule of the longer one says nothing, and the other kinds of pairs have no numbers
     found = reward_results([pair(1.0, 0.0)])
-    assert found["longer_is_better_accuracy"] == {"value": 0.0, "right": 0, "ties": 1, "rows": 1}
+    assert found["longer_is_better_accuracy"] == {"value": 0, "low": 0, "high": 0, "right": 0, "ties": 1, "rows": 1}
     assert [name for name in found if name.endswith(("shorter", "longer", "length"))] == [
         "reward_accuracy_similar_length",
         "reward_margin_similar_length",

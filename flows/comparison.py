@@ -1,0 +1,203 @@
+"""What differs between finished runs, and which of their numbers differ by more than chance.
+
+One decision: everything is read from what the runs left, by content. Two models were measured on the same rows when the
+digests of the rows agree, whatever data sets are called; then rows are drawn in pairs, and the interval is that of the
+difference. Nothing is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from flows.run_records import records
+from registry.errors import InputError, Problem, did_you_mean
+from registry.home import Home
+from tasks.artifacts import Artifact, Store
+from tasks.evaluation import by_set, read_answers
+from tasks.explain import flatten
+from tasks.intervals import Array, drawn_ratios, limits
+from tasks.jsonlines import read_json_lines
+
+ABSENT = None
+NAMES_ONLY = ("sets",)  # of an identity: numbers that say nothing
+FIRST_MEASURED = "base"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A stage of a finished run."""
+
+    name: str
+    """As it was asked for."""
+    run: str
+    stage: str
+    artifacts: dict[str, Artifact]
+    """Step, as in `sft/train`, → what it made: the measurement of the stage, and all that it hangs on."""
+    evaluations: list[tuple[Artifact, list[str]]]
+    """What measuring it made, the stage's own first, each with the names of its data sets in their order."""
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The lines of its training, one for each step that was logged."""
+        path = self.artifacts[f"{self.stage}/train"].path / "report" / "metrics.jsonl"
+        return read_json_lines(path) if path.is_file() else []
+
+
+def find_side(asked: str, home: Home) -> Side:
+    """A stage of a run: `RUN`, `RUN:STAGE`, `RECIPE` or `RECIPE:STAGE`.
+
+    Args:
+        asked: the beginning of a run's id, or a recipe's name, whose newest completed run it is; without a stage the
+            last one that was measured.
+        home: where runs are.
+
+    Raises:
+        InputError: no such run or stage, several runs, or one whose artifacts are gone.
+    """
+    wanted, _, stage = asked.partition(":")
+    known = [record.values for record in records(home) if record.values["status"] == "completed"]
+    found = [values for values in known if values["id"].startswith(wanted)]
+    found = found or [values for values in known if values["recipe"] == wanted][:1]
+    if len(found) != 1:
+        rule = f"{len(found)} completed runs begin with {wanted!r}" if found else "no completed run has that name"
+        names = list(dict.fromkeys(name for values in known for name in (values["recipe"], values["id"])))
+        raise InputError(Problem(asked, rule, f"{did_you_mean(wanted, names)} See `llamatuner runs`.".strip()))
+    values = found[0]
+    measured = [step["stage"] for step in values["steps"] if step["step"] == "evaluate"]
+    measured = [name for name in measured if name != FIRST_MEASURED]
+    if (stage and stage not in measured) or not measured:
+        rule = f"stage {stage!r} was not measured" if stage else "nothing was measured in this run"
+        raise InputError(Problem(asked, rule, f"Measured: {', '.join(measured) or 'nothing'}."))
+    stage = stage or measured[-1]
+    artifacts, evaluations = _artifacts(asked, values, home), list[tuple[Artifact, list[str]]]()
+    for title, artifact in artifacts.items():
+        if title.partition(":")[0] == f"{stage}/evaluate":
+            other = title.partition(":")[2]  # of a later stage, on whose data sets this one was measured as well
+            names = values["results"].get(f"{stage}:{other}" if other else stage, {})
+            names = [name.partition(".")[2] for name in names if not name.startswith("train.")]
+            evaluations.append((artifact, list(dict.fromkeys(names))))
+    own = artifacts[f"{stage}/evaluate"]
+    evaluations.sort(key=lambda each: each[0] is not own)
+    return Side(asked, values["id"], stage, _behind(own, artifacts), evaluations)
+
+
+def _artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Artifact]:
+    """Step → what it made, of a whole run."""
+    store, artifacts = Store(home), dict[str, Artifact]()
+    for step in values["steps"]:
+        title = f"{step['stage']}/{step['step']}"
+        artifact = store.find(step["step"].partition(":")[0], step["key"])
+        if artifact is None:
+            raise InputError(Problem(asked, f"what {title} made is gone or damaged", "Run the recipe again."))
+        artifacts[title] = artifact
+    return artifacts
+
+
+def _behind(last: Artifact, artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The artifacts that one hangs on, and itself, in the order of the run."""
+    by_key = {artifact.key: artifact for artifact in artifacts.values()}
+    wanted, keys = [last], {last.key}
+    while wanted:
+        inputs = wanted.pop().manifest["inputs"].values()
+        found = [by_key[each["key"]] for each in inputs if each.get("key") in by_key.keys() - keys]
+        keys |= {artifact.key for artifact in found}
+        wanted += found
+    return {title: artifact for title, artifact in artifacts.items() if artifact.key in keys}
+
+
+def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[Any]]]:
+    """Every setting, and every input that no step made, which is not the same on all sides: `sft/train: seed`, values.
+
+    A training that only some sides have is one line. Inputs from other steps are told by those steps.
+    """
+    facts = [_facts(side) for side in sides]
+    rows: list[tuple[str, list[Any]]] = []
+    for step in dict.fromkeys(step for found in facts for step in found):
+        if all(step in found for found in facts):
+            names = dict.fromkeys(name for found in facts for name in found[step])
+            rows += [(f"{step}: {name}", [found[step].get(name, ABSENT) for found in facts]) for name in names]
+        elif step.endswith("/train"):  # its data and measurements go with it
+            rows.append((step, ["there" if step in found else ABSENT for found in facts]))
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+
+
+def _facts(side: Side) -> dict[str, dict[str, Any]]:
+    """Step → name → value. A stage alone is one thing whatever it is called, so its steps have no stage in front."""
+    alone = len({title.partition("/")[0] for title in side.artifacts} - {FIRST_MEASURED}) == 1
+    facts: dict[str, dict[str, Any]] = {}
+    for title, artifact in side.artifacts.items():
+        stage, _, step = title.partition("/")
+        own = facts.setdefault(step if alone and stage != FIRST_MEASURED else title, {})
+        own |= {k: v for k, v in flatten(artifact.manifest["identity"]).items() if k not in NAMES_ONLY}
+        for name, found in artifact.manifest["inputs"].items():
+            if not found.get("artifact"):
+                own[name] = f"digest {found['digest'][:12]}"
+    return facts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric on one data set."""
+
+    metric: str
+    rows: int
+    results: list[dict[str, Any] | None]
+    """Of every side; None where it was not measured on these rows."""
+    differences: list[dict[str, Any] | None]
+    """To the first side that has it: `value`, `low`, `high`, and `real`, whether 0 is outside; None for that side, and
+    where rows cannot be paired."""
+
+
+def measured(sides: Sequence[Side]) -> list[Measured]:
+    """The numbers of all sides, data set by data set, by the rows they were measured on."""
+    found: dict[tuple[str, str], list[tuple[dict[str, Any], Array] | None]] = {}
+    names: dict[str, str] = {}
+    for number, side in enumerate(sides):
+        for artifact, set_names in side.evaluations:
+            for index, (name, results) in enumerate(by_set(artifact.path, set_names).items()):
+                rows = artifact.manifest["inputs"][f"set.{index}"]["digest"]
+                names.setdefault(rows, name)
+                for metric, result in results.items():
+                    row = found.setdefault((metric, rows), [None] * len(sides))
+                    row[number] = result, _drawn(metric, artifact, index)
+    return [_row(f"{metric}.{names[rows]}", row) for (metric, rows), row in found.items()]
+
+
+def _row(metric: str, row: list[tuple[dict[str, Any], Array] | None]) -> Measured:
+    there = [each for each in row if each is not None]
+    first, drawn = there[0]
+    differences: list[dict[str, Any] | None] = []
+    for each in row:
+        if each is None or each is there[0] or not len(each[1]) or not len(drawn):
+            differences.append(None)
+            continue
+        between = limits(each[1] - drawn)
+        real = not between["low"] <= 0.0 <= between["high"]
+        differences.append({"value": each[0]["value"] - first["value"], **between, "real": real})
+    return Measured(metric, first["rows"], [each and each[0] for each in row], differences)
+
+
+def _drawn(metric: str, artifact: Artifact, index: int) -> Array:
+    """Values of a metric for drawn rows, [n]; none for a metric that is no ratio of sums over all rows."""
+    if metric == "perplexity":
+        lines = read_json_lines(artifact.path / f"nll.{index}.jsonl")
+        tops, bottoms = (numpy.array([line[name] for line in lines], numpy.float64) for name in ("nll", "tokens"))
+        return numpy.exp(drawn_ratios(tops, bottoms))
+    if metric in ("reward_accuracy", "reward_margin"):
+        lines = read_json_lines(artifact.path / f"rewards.{index}.jsonl")
+        margins = numpy.array([line["chosen"] - line["rejected"] for line in lines], numpy.float64)
+        values = (margins > 0).astype(numpy.float64) if metric == "reward_accuracy" else margins
+        return drawn_ratios(values, numpy.ones(len(values)))
+    return numpy.empty(0)
+
+
+def answers(sides: Sequence[Side]) -> list[tuple[str, list[str | None]]]:
+    """Question → the answer of every side that was asked it."""
+    found = [
+        {row["question"]: row["answer"].strip() for row in read_answers(side.evaluations[0][0].path)} for side in sides
+    ]
+    questions = dict.fromkeys(question for each in found for question in each)
+    return [(question, [each.get(question) for each in found]) for question in questions]
