@@ -34,11 +34,18 @@ class Side:
     name: str
     """As it was asked for."""
     run: str
+    recipe: str
     stage: str
     artifacts: dict[str, Artifact]
     """Step, as in `sft/train`, → what it made: the measurement of the stage, and all that it hangs on."""
     evaluations: list[tuple[Artifact, list[str]]]
     """What measuring it made, the stage's own first, each with the names of its data sets in their order."""
+    befores: dict[str, Artifact]
+    """Step → what measuring the model that the stage started from made."""
+
+    def model(self) -> Artifact:
+        """Its weights: the merge, or the training itself where that makes all of them."""
+        return self.artifacts.get(f"{self.stage}/merge") or self.artifacts[f"{self.stage}/train"]
 
     def curve(self) -> list[dict[str, Any]]:
         """The lines of its training, one for each step that was logged."""
@@ -81,7 +88,12 @@ def find_side(asked: str, home: Home) -> Side:
             evaluations.append((artifact, list(dict.fromkeys(names))))
     own = artifacts[f"{stage}/evaluate"]
     evaluations.sort(key=lambda each: each[0] is not own)
-    return Side(asked, values["id"], stage, _behind(own, artifacts), evaluations)
+    befores = {
+        title: artifact
+        for title, artifact in artifacts.items()
+        if title == f"{FIRST_MEASURED}/evaluate" or title.partition("/")[2] == f"evaluate:{stage}"
+    }
+    return Side(asked, values["id"], values["recipe"], stage, _behind(own, artifacts), evaluations, befores)
 
 
 def _artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Artifact]:
@@ -162,7 +174,7 @@ def measured(sides: Sequence[Side]) -> list[Measured]:
                 names.setdefault(rows, name)
                 for metric, result in results.items():
                     row = found.setdefault((metric, rows), [None] * len(sides))
-                    row[number] = result, _drawn(metric, artifact, index)
+                    row[number] = result, drawn_values(metric, artifact, index)
     return [_row(f"{metric}.{names[rows]}", row) for (metric, rows), row in found.items()]
 
 
@@ -174,13 +186,18 @@ def _row(metric: str, row: list[tuple[dict[str, Any], Array] | None]) -> Measure
         if each is None or each is there[0] or not len(each[1]) or not len(drawn):
             differences.append(None)
             continue
-        between = limits(each[1] - drawn)
-        real = not between["low"] <= 0.0 <= between["high"]
-        differences.append({"value": each[0]["value"] - first["value"], **between, "real": real})
+        differences.append(difference(each[0], each[1], first, drawn))
     return Measured(metric, first["rows"], [each and each[0] for each in row], differences)
 
 
-def _drawn(metric: str, artifact: Artifact, index: int) -> Array:
+def difference(result: dict[str, Any], drawn: Array, other: dict[str, Any], other_drawn: Array) -> dict[str, Any]:
+    """What a number is more than another, of drawn values [n] that belong together: `value`, `low`, `high`, `real`."""
+    between = limits(drawn - other_drawn)
+    real = not between["low"] <= 0.0 <= between["high"]
+    return {"value": result["value"] - other["value"], **between, "real": real}
+
+
+def drawn_values(metric: str, artifact: Artifact, index: int) -> Array:
     """Values of a metric for drawn rows, [n]; none for a metric that is no ratio of sums over all rows."""
     if metric == "perplexity":
         lines = read_json_lines(artifact.path / f"nll.{index}.jsonl")

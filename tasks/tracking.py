@@ -250,6 +250,15 @@ class Tracker:
         return found
 
 
+def registry_client(home: Home) -> Any:
+    """A client of the model registry that runs of this home use."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(home)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
 def _set_tracking_uri(uri: str) -> None:
     """Tell MLflow's functions where runs are kept, and leave the environment as it was: MLflow writes the address into
     it, where the next run of this process, whose home may be another, would take it for a server that somebody set."""

@@ -141,6 +141,28 @@ def compare(
     compare_runs(runs, html, json)
 
 
+@app.command()
+def promote(
+    run: Annotated[str, typer.Argument(help="RUN, RUN:STAGE, RECIPE or RECIPE:STAGE, finished.")],
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", metavar="CONDITION", help="Such as 'perplexity.mine - champion <= 0'.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a model the champion of MLflow's registry if it passes a gate; exit code 1 if not."""
+    from flows.cli.promoting import promote_run
+
+    raise typer.Exit(promote_run(run, gate or [], json))
+
+
+@app.command()
+def rollback(model: Annotated[str, typer.Argument(help="Registered model, RECIPE-STAGE.")], json: Json = False) -> None:
+    """Make the champion before the present one champion again."""
+    from flows.cli.promoting import roll_back_model
+
+    roll_back_model(model, json)
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="models, datasets, stages, methods, templates or recipes")] = None,

@@ -1,0 +1,229 @@
+"""Gate and champion: whether a model is good enough, and which one is the model that others use.
+
+One decision: a gate reads what was measured, by content. The champion's numbers are those of an evaluation of its very
+weights on the very same rows, whichever run made it; without one the condition is not met, and that is said. The
+champion is an alias of MLflow's registry, which moves in one step; who was champion before is kept beside it, so a
+promotion can be taken back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from flows.comparison import Side, difference, drawn_values
+from registry.errors import InputError, Problem, did_you_mean
+from registry.gates import BASE, CHAMPION, Condition
+from registry.home import Home
+from tasks.artifacts import Artifact, Store
+from tasks.evaluation import by_set
+from tasks.intervals import Array
+from tasks.locks import locked
+from tasks.tracking import registry_client
+
+ALIAS = "champion"
+Measurement = tuple[Artifact, list[str]]
+"""What measuring a model made, and the names of its data sets in their order; none: they have numbers."""
+DIGEST_TAG, HISTORY_TAG, GATE_TAG = "llamatuner.digest", "llamatuner.champions", "llamatuner.gate"
+
+
+class Number(NamedTuple):
+    """A metric on one data set."""
+
+    metric: str
+    set_name: str
+    rows: str
+    """Digest of the rows."""
+    result: dict[str, Any]
+    drawn: Array
+    """[n] values for drawn rows."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A condition, and the numbers it was decided with."""
+
+    condition: str
+    met: bool
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """Of the metric, or of its difference to the other model; None where there is none."""
+    reason: str = ""
+    """Why it is met or not, where no number says it."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A registered model, and the version that is the champion."""
+
+    name: str
+    version: str
+    """The candidate's."""
+    run_id: str
+    champion: str | None
+    champion_digest: str | None
+
+
+def find_registered(side: Side, client: Any) -> Registered:
+    """The candidate in MLflow's registry.
+
+    Raises:
+        InputError: it was not registered.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name, model = f"{side.recipe}-{side.stage}", side.model()
+    try:
+        aliases = client.get_registered_model(name).aliases
+        versions = {str(each.version): each for each in client.search_model_versions(f"name='{name}'")}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        aliases, versions = {}, {}
+    own = next((each for each in versions.values() if each.tags.get(DIGEST_TAG) == model.digest), None)
+    if own is None:
+        rule = f"its model is not registered in MLflow as {name}"
+        raise InputError(Problem(side.name, rule, "Run the recipe again with MLflow at hand; what is done is kept."))
+    champion = str(aliases[ALIAS]) if ALIAS in aliases else None
+    digest = versions[champion].tags.get(DIGEST_TAG) if champion in versions else None
+    return Registered(name, str(own.version), own.run_id, champion, digest)
+
+
+def check_gate(side: Side, conditions: Sequence[Condition], champion: str | None, home: Home) -> list[Checked]:
+    """Every condition, decided.
+
+    Args:
+        side: the candidate.
+        conditions: of the gate.
+        champion: digest of the champion's weights; None: there is none.
+        home: where measurements are.
+
+    Raises:
+        InputError: a metric that the candidate was not measured by.
+    """
+    own = {f"{each.metric}.{each.set_name}": each for each in _numbers(side.evaluations)}
+    unknown = [each for each in conditions if each.metric not in own]
+    if unknown:
+        raise InputError(
+            [
+                Problem("gate", f"{each.text!r}: {each.metric} was not measured", did_you_mean(each.metric, [*own]))
+                for each in unknown
+            ]
+        )
+    others: dict[str, list[Measurement]] = {
+        BASE: [(artifact, []) for artifact in side.befores.values()],
+        CHAMPION: _measured(champion, home) if champion else [],
+    }
+    found = []
+    for each in conditions:
+        number = own[each.metric]
+        if each.other == CHAMPION and champion is None:
+            found.append(Checked(each.text, True, reason="there is no champion yet"))
+        elif each.other is None:
+            value = number.result["value"]
+            low, high = (number.result.get(end, value) for end in ("low", "high"))
+            found.append(Checked(each.text, each.holds(value, low, high), value, low, high))
+        else:
+            found.append(_against(each, number, others[each.other]))
+    return found
+
+
+def _against(each: Condition, number: Number, others: Sequence[Measurement]) -> Checked:
+    wanted = (number.metric, number.rows)
+    other = next((found for found in _numbers(others) if (found.metric, found.rows) == wanted), None)
+    if other is None:
+        reason = f"the {each.other} was not measured on these rows; run its recipe with this data set"
+        return Checked(each.text, False, reason=reason)
+    if not len(number.drawn):
+        return Checked(each.text, False, reason=f"{number.metric} of two models cannot be compared row by row")
+    away = difference(number.result, number.drawn, other.result, other.drawn)
+    values = away["value"], away["low"], away["high"]
+    return Checked(each.text, each.holds(*values), *values)
+
+
+def _numbers(evaluations: Sequence[Measurement]) -> Iterator[Number]:
+    """Everything that was measured."""
+    for artifact, names in evaluations:
+        count = len(artifact.manifest["identity"]["sets"])
+        for index, (name, results) in enumerate(by_set(artifact.path, names or list(map(str, range(count)))).items()):
+            rows = artifact.manifest["inputs"][f"set.{index}"]["digest"]
+            for metric, result in results.items():
+                yield Number(metric, name, rows, result, drawn_values(metric, artifact, index))
+
+
+def _measured(digest: str, home: Home) -> list[Measurement]:
+    """Everything that measured these weights."""
+    return [
+        (artifact, [])
+        for artifact in Store(home).all()
+        if artifact.step == "evaluate" and artifact.manifest["inputs"]["model"]["digest"] == digest
+    ]
+
+
+def promote(side: Side, conditions: Sequence[Condition], home: Home) -> dict[str, Any]:
+    """Check the gate and, when every condition is met, make the model the champion; all that was decided with.
+
+    Raises:
+        InputError: see `check_gate` and `find_registered`.
+    """
+    client = registry_client(home)
+    with locked(home.locks / "promote.lock"):  # two at once: the second one meets the first one's champion
+        found = find_registered(side, client)
+        checked = check_gate(side, conditions, found.champion_digest, home)
+        passed = all(each.met for each in checked)
+        record = {
+            "model": found.name,
+            "version": found.version,
+            "digest": side.model().digest,
+            "run": side.run,
+            "stage": side.stage,
+            "champion_before": found.champion,
+            "champion_digest_before": found.champion_digest,
+            "passed": passed,
+            "conditions": [asdict(each) for each in checked],
+            "decided": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        client.log_dict(found.run_id, record, "gate.json")
+        client.set_model_version_tag(found.name, found.version, GATE_TAG, "passed" if passed else "failed")
+        if passed and found.champion != found.version:
+            history = _history(client, found.name)
+            client.set_registered_model_alias(found.name, ALIAS, found.version)
+            if found.champion is not None:
+                history.append(found.champion)
+            client.set_registered_model_tag(found.name, HISTORY_TAG, json.dumps(history))
+    return record
+
+
+def roll_back(name: str, home: Home) -> dict[str, Any]:
+    """Make the champion before the present one champion again.
+
+    Raises:
+        InputError: no such model, or nobody was champion before.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = registry_client(home)
+    with locked(home.locks / "promote.lock"):
+        try:
+            present = client.get_registered_model(name).aliases.get(ALIAS)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            known = [each.name for each in client.search_registered_models()]
+            raise InputError(Problem(name, "no model of that name is registered", did_you_mean(name, known))) from error
+        history = _history(client, name)
+        if present is None or not history:
+            raise InputError(Problem(name, "there was no champion before", "Promote a model first."))
+        *rest, version = history
+        client.set_registered_model_alias(name, ALIAS, version)
+        client.set_registered_model_tag(name, HISTORY_TAG, json.dumps(rest))
+    return {"model": name, "version": version, "instead_of": str(present)}
+
+
+def _history(client: Any, name: str) -> list[str]:
+    found: list[str] = json.loads(client.get_registered_model(name).tags.get(HISTORY_TAG, "[]"))
+    return found
