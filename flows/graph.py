@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from registry.errors import InputError, Problem
+from registry.errors import InputError, Problem, did_you_mean
+from registry.gates import condition
 from registry.home import Home
 from registry.recipe import Recipe, StageSettings
 from registry.stages import METHODS, STAGES
 from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
-from tasks.evaluation import evaluate_step
+from tasks.evaluation import REWARD_METRICS, evaluate_step
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
 from tasks.model import base_input
 from tasks.nodes import nodes_of_environment
@@ -113,9 +115,36 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
             )
             steps = replace(steps, before=label)
         stages[settings.name] = steps
+    _require_measured(recipe, stages)
     ends = [*(stage.evaluated or stage.model for stage in stages.values()), *befores.values()]
     pipeline = Pipeline(recipe, tuple(upstream(ends)), stages, befores)
     return build_strict(pipeline) if strict_versions else pipeline
+
+
+def gated(stages: Mapping[str, StageSteps]) -> StageSteps | None:
+    """The stage whose model a gate decides on: the last one that is measured."""
+    return next((stage for stage in reversed([*stages.values()]) if stage.evaluated), None)
+
+
+def _require_measured(recipe: Recipe, stages: Mapping[str, StageSteps]) -> None:
+    """Refuse a gate on a metric that no evaluation makes, before anything is computed."""
+    conditions, stage = [condition(text) for text in recipe.evaluation.gate], gated(stages)
+    if not conditions:
+        return
+    if stage is None or stage.evaluated is None:
+        rule = "nothing is measured on held-out rows"
+        raise InputError(Problem("evaluation.gate", rule, "Set val_size, eval_dataset or evaluation.perplexity."))
+    metrics = REWARD_METRICS if stage.evaluated.identity["measure"] == "reward" else ("perplexity",)
+    known = [f"{metric}.{name}" for name in stage.held_out for metric in metrics]
+    unknown = [each for each in conditions if each.metric not in known]
+    if unknown:
+        name = stage.settings.name
+        raise InputError(
+            [
+                Problem("evaluation.gate", f"{e.text!r}: stage {name} has no {e.metric}", did_you_mean(e.metric, known))
+                for e in unknown
+            ]
+        )
 
 
 def settled(settings: StageSettings) -> StageSettings:

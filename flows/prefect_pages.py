@@ -119,5 +119,8 @@ def results_page(session: Session) -> None:
     lines += ["", "| step | state | time |", "| --- | --- | --- |"]
     lines += [f"| {title} | {o.state} | {duration(o.seconds)} |" for title, o in session.outcomes.items()]
     lines += ["", *(f"* {line}" for line in session.failures())]
+    if session.gate:
+        marks = [f"* {'met' if c['met'] else 'not met'}: `{c['condition']}`" for c in session.gate["conditions"]]
+        lines += ["", f"Gate: {'passed' if session.gate['passed'] else 'failed'}", "", *marks]
     lines += ["", f"MLflow run `{session.tracker.run_id}`, run record `{session.record.values['id']}`."]
     create_markdown_artifact("\n".join(lines), key="results", description="Results of this run")

@@ -13,11 +13,12 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
-from flows.graph import Pipeline
+from flows.graph import Pipeline, gated
 from flows.mlflow_tree import MlflowTree
 from flows.run_records import RunRecord
 from flows.view import View
 from registry.errors import InputError
+from registry.gates import condition
 from registry.home import Home
 from tasks.artifacts import Store
 from tasks.digests import DigestMemory
@@ -54,6 +55,8 @@ class Session:
         self.record = RunRecord.start(home, pipeline.recipe.name)
         self._lock = threading.Lock()
         self._light = threading.Semaphore(CONCURRENT_STEPS)
+        self.gate: dict[str, Any] | None = None
+        """What the recipe's gate came to, see `flows.promotion.promote`; None: there is none, or it was not decided."""
 
     def make(self, title: str, also: Callable[[Step, dict[str, Any]], None]) -> Outcome:
         """Do one step and tell everyone.
@@ -159,7 +162,25 @@ class Session:
         self.tree.end({"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[status], self.results())
         ending = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}
         self._write(self.record.end, status=status, **ending)
+        if status == "completed":
+            self._decide()
         return status
+
+    def _decide(self) -> None:
+        """Decide on the model, where the recipe has a gate; whatever comes of it, the run is done."""
+        conditions = [condition(text) for text in self.pipeline.recipe.evaluation.gate]
+        stage = gated(self.pipeline.stages)
+        if not conditions or stage is None or stage.evaluated is None or stage.evaluated.title not in self.outcomes:
+            return
+        from flows.comparison import find_side
+        from flows.promotion import promote
+
+        try:
+            side = find_side(f"{self.record.values['id']}:{stage.settings.name}", self.home)
+            self.gate = promote(side, conditions, self.home)
+            self._write(self.record.update, gate=self.gate)
+        except Exception as error:  # noqa: BLE001 - the registry may be another machine's, and the run is done
+            self.view.say(f"the gate was not decided: {error}")
 
     def _write(self, change: Callable[..., None], **fields: Any) -> None:
         """Write the run record; a full disk leaves it as it was, and the next run closes it."""

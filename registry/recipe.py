@@ -22,6 +22,7 @@ from registry.data_registry import find_dataset
 from registry.data_sources import DataSource
 from registry.deepspeed import deepspeed_config, zero_stage
 from registry.errors import InputError, Problem, did_you_mean, shown
+from registry.gates import condition
 from registry.optimizers import OPTIMIZERS
 from registry.recipe_paths import absolute_paths
 from registry.records import (
@@ -121,6 +122,8 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
         raise InputError([Problem(f"stages.{key}", f"{shown(written[key])} {rule}", cure) for key in flat], title)
     name = _name(raw.get("name", Path(title).stem), problems)
     evaluation = _record(EvaluationSettings, raw.get("evaluation", {}), lambda key: f"evaluation.{key}", problems)
+    for text in evaluation.gate if evaluation is not None else ():
+        _collect(problems, condition, text, "evaluation.gate")
     stages, unused = {}, list[dict[str, Problem]]()
     for stage_name, own in written.items():
         known = len(problems)

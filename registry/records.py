@@ -220,6 +220,9 @@ class EvaluationSettings(Record):
     """Longest sample answer, in tokens."""
     compare_with: Literal["base", "none"] = "base"
     """Measure the base model as well; its result is shared by all pipelines."""
+    gate: tuple[str, ...] = ()
+    """Conditions that make the model of the last measured stage the champion of MLflow's registry, when all are met at
+    the end of a run: `perplexity.held_out - champion <= 0 at 95%`."""
 
 
 class RuntimeSettings(Record):

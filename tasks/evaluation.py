@@ -25,6 +25,13 @@ VERSIONS = {
     "reward": 3,  # with intervals
 }
 
+LENGTH_ENDINGS = ("", "_chosen_shorter", "_similar_length", "_chosen_longer")
+REWARD_METRICS = (
+    *(f"{metric}{ending}" for metric in ("reward_accuracy", "reward_margin") for ending in LENGTH_ENDINGS),
+    *("longer_is_better_accuracy", "reward_calibration_error", "reward_score"),
+)
+"""What measuring a reward model gives; those of a kind of pairs only where there are some."""
+
 
 def evaluate_step(
     stage: str,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.text import Text
 
 from flows.cli.output import DONE, FAILED, people, print_json
+from flows.cli.report import gate_lines
 from flows.comparison import find_side
 from flows.promotion import promote, roll_back
 from registry.errors import InputError, Problem
@@ -37,25 +36,11 @@ def promote_run(asked: str, gate: list[str], as_json: bool) -> int:
         raise InputError(problems)
     home, console = Home.default(), people(as_json)
     record = promote(find_side(asked, home), conditions, home)
-    for each in record["conditions"]:
-        mark, style = ("met", "green") if each["met"] else ("not met", "red")
-        console.print(Text(f"{mark:<8} {each['condition']}: {_numbers(each)}", style=style))
-    name = f"{record['model']} version {record['version']}"
-    if record["passed"]:
-        before = record["champion_before"]
-        instead = f", instead of version {before}" if before not in (None, record["version"]) else ""
-        console.print(Text(f"{name} is the champion{instead}", style="bold"))
-    else:
-        console.print(Text(f"Failed gate: {name} was not promoted; nothing was moved", style="bold"))
+    for line in gate_lines(record):
+        console.print(line)
     if as_json:
         print_json(record)
     return DONE if record["passed"] else FAILED
-
-
-def _numbers(each: dict[str, Any]) -> str:
-    if each["value"] is None:
-        return str(each["reason"])
-    return f"{each['value']:.4g}, 95 % from {each['low']:.4g} to {each['high']:.4g}"
 
 
 def roll_back_model(name: str, as_json: bool) -> None:

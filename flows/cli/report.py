@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,7 @@ def print_report(
     home: Home,
     status: str,
     failures: Sequence[str] = (),
+    gate: dict[str, Any] | None = None,
 ) -> None:
     """Everything a person wants to see at the end, in 80 columns; what failed, and what did not run, comes last."""
     console.print()
@@ -38,6 +40,8 @@ def print_report(
     _times(console, pipeline, outcomes)
     _model(console, pipeline, outcomes)
     _pages(console, home)
+    for told in gate_lines(gate) if gate else ():
+        console.print(told)
     for line in failures:
         console.print(Text(line, style="red"))
     console.print(Text(f"{pipeline.recipe.name}: {status}", style="bold"))
@@ -122,3 +126,24 @@ def _pages(console: Console, home: Home) -> None:
     if tracking_uri(home).startswith("sqlite:"):
         line = f"{binary / 'mlflow'} server --backend-store-uri {tracking_uri(home)} --port 5000"
         console.print(f"MLflow pages:  {line}   → http://127.0.0.1:5000", markup=False, soft_wrap=True)
+
+
+def gate_lines(record: dict[str, Any]) -> list[Text]:
+    """What a gate came to, for people: a line for each condition, and what was done."""
+    lines = []
+    for each in record["conditions"]:
+        mark, style = ("met", "green") if each["met"] else ("not met", "red")
+        lines.append(Text(f"{mark:<8} {each['condition']}: {_numbers(each)}", style=style))
+    name = f"{record['model']} version {record['version']}"
+    text = f"Failed gate: {name} was not promoted; nothing was moved"
+    if record["passed"]:
+        before = record["champion_before"]
+        instead = f", instead of version {before}" if before not in (None, record["version"]) else ""
+        text = f"{name} is the champion{instead}"
+    return [*lines, Text(text, style="bold")]
+
+
+def _numbers(each: dict[str, Any]) -> str:
+    if each["value"] is None:
+        return str(each["reason"])
+    return f"{each['value']:.4g}, 95 % from {each['low']:.4g} to {each['high']:.4g}"

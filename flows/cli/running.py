@@ -47,10 +47,11 @@ def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, consol
         for line in lines:
             for why in line.why:
                 console.print(f"{line.step.title}: {why}", style="yellow", markup=False)
-    print_report(console, pipeline, outcomes, home, "up to date: nothing to do")
+    values = record.values if record else {}
+    print_report(console, pipeline, outcomes, home, "up to date: nothing to do", gate=values.get("gate"))
     if as_json:
-        values = record.values if record else {}
-        _print(pipeline, outcomes, "up-to-date", [], values.get("mlflow_run_id"), values.get("flow_run_id"))
+        runs = values.get("mlflow_run_id"), values.get("flow_run_id")
+        _print(pipeline, outcomes, "up-to-date", [], *runs, values.get("gate"))
     return DONE
 
 
@@ -61,12 +62,14 @@ def _print(
     steps: list[dict[str, Any]],
     mlflow: str | None,
     prefect: str | None,
+    gate: dict[str, Any] | None,
 ) -> None:
     from flows.session import outcome_json, results_of
 
     made = steps or [outcome_json(s, outcomes[s.title]) for s in pipeline.steps if s.title in outcomes]
     results = results_of(pipeline, {title: outcome.artifact for title, outcome in outcomes.items()})
-    print_json({"status": status, "steps": made, "results": results, "mlflow_run_id": mlflow, "flow_run_id": prefect})
+    runs = {"mlflow_run_id": mlflow, "flow_run_id": prefect}
+    print_json({"status": status, "steps": made, "results": results, "gate": gate, **runs})
 
 
 def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, as_json: bool) -> int:
@@ -85,10 +88,11 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
             status = _flow(session)
     finally:
         view.close()
-    print_report(console, pipeline, session.outcomes, home, status, session.failures())
+    print_report(console, pipeline, session.outcomes, home, status, session.failures(), session.gate)
     if as_json:
         flow_run = session.record.values.get("flow_run_id")
-        _print(pipeline, session.outcomes, status, session.steps_json(), session.tracker.run_id, flow_run)
+        runs = session.tracker.run_id, flow_run
+        _print(pipeline, session.outcomes, status, session.steps_json(), *runs, session.gate)
     errors = session.errors().values()
     if status == "cancelled":
         return INTERRUPTED

@@ -177,6 +177,37 @@ def test_a_gate_that_makes_no_sense_moves_nothing(
     assert "nothing says when a model is good enough" in answer["error"]
 
 
+def test_a_recipe_with_a_gate_promotes_what_passes_and_a_gate_that_fails_is_no_failed_run(
+    made: tuple[Path, dict[str, str]],
+    ids: dict[str, str],
+    home: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server.url)
+    work_here(monkeypatch)
+    recipe = str(made[0].parent / "recipe" / "toy.json")
+    gate = ["--set", 'evaluation.gate=["perplexity.held_out - base < 0 at 95%", "perplexity.held_out < 1e6"]']
+    passed, told = ask(capsys, "run", recipe, "--set", "stages.sft.max_steps=3", *gate)
+    assert (passed["status"], passed["gate"]["passed"]) == ("completed", True)
+    assert "is the champion" in told
+    assert champion(home) == passed["gate"]["version"]
+    gate[1] = gate[1].replace("1e6", "1")
+    failed, told = ask(capsys, "run", recipe, "--set", "stages.sft.max_steps=4", *gate)
+    assert (failed["status"], failed["gate"]["passed"]) == ("completed", False)
+    assert "Failed gate" in told
+    assert champion(home) == passed["gate"]["version"]
+    again, _ = ask(capsys, "run", recipe, "--set", "stages.sft.max_steps=4", *gate)
+    assert (again["status"], again["gate"]) == ("up-to-date", failed["gate"])  # it was decided once
+    gate[1] = 'evaluation.gate=["perplexity.held_uot < 3", "nonsense"]'
+    refused, _ = ask(capsys, "run", recipe, *gate, code=2)
+    assert "'nonsense' is no condition" in refused["error"]
+    gate[1] = 'evaluation.gate=["perplexity.held_uot < 3"]'
+    refused, _ = ask(capsys, "run", recipe, *gate, code=2)
+    assert "stage sft has no perplexity.held_uot. Did you mean perplexity.held_out?" in refused["error"]
+
+
 def test_a_condition_on_the_whole_interval_looks_at_its_worse_end() -> None:
     sure, value = condition("m - champion >= -0.1 at 95%"), condition("m - champion >= -0.1")
     assert (sure.metric, sure.other, sure.sign, sure.number, sure.sure) == ("m", "champion", ">=", -0.1, True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from registry.errors import InputError
+from tasks.evaluation import REWARD_METRICS
 from tasks.program import ProgramError
 from tasks.reward_picture import draw_rewards
 from tasks.rewards import (
@@ -63,6 +64,7 @@ def test_a_model_that_only_likes_long_answers_is_seen_by_length() -> None:
     lengths = [(4, 20), (20, 4), (10, 9), (9, 10), (30, 10), (5, 6)]
     pairs = [pair(chosen, rejected, chosen, rejected) for chosen, rejected in lengths]  # scores are lengths
     found = {name: (result["value"], result["rows"]) for name, result in reward_results(pairs).items()}
+    assert set(found) == set(REWARD_METRICS)
     assert found["reward_accuracy"] == found["longer_is_better_accuracy"] == (0.5, 6)
     assert found["reward_accuracy_chosen_shorter"] == (0.0, 2)
     assert found["reward_accuracy_similar_length"] == (0.5, 2)
