@@ -29,7 +29,7 @@ class SamplingSettings(Record):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Draw from so many most likely tokens; 0 draws from all."""
     rollout_batch_size: Steps | None = None
-    """Prompts that a process answers together; nothing means all of a step's."""
+    """Answers that a process draws together; nothing means all of a step's."""
 
 
 class RewardSettings(Record):
