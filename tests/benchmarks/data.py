@@ -59,10 +59,10 @@ def write_model(folder: Path) -> Path:
 
 
 class Memory:
-    """The resident memory of this process and all it started, together, sampled ten times a second."""
+    """The resident memory of a process (this one) and all it started, together, sampled ten times a second."""
 
-    def __init__(self) -> None:
-        self.peak, self._end = 0, threading.Event()
+    def __init__(self, pid: int | None = None) -> None:
+        self.peak, self._end, self._pid = 0, threading.Event(), pid
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Memory:
@@ -74,10 +74,14 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        own = psutil.Process()
+        own = psutil.Process(self._pid)
         while not self._end.wait(0.1):
             total = 0
-            for process in [own, *own.children(recursive=True)]:
+            try:
+                everybody = [own, *own.children(recursive=True)]
+            except psutil.NoSuchProcess:  # it has ended
+                return
+            for process in everybody:
                 try:
                     total += process.memory_info().rss
                 except psutil.NoSuchProcess:

@@ -4,7 +4,8 @@ TRL had a PPO up to 1.12 (`trl.experimental.ppo`): PEER names a folder with that
 --target PEER trl==1.12.0` makes it. Both sides: 8 prompts of under 64 tokens in a step, 32 new tokens, 2 passes, LoRA
 of rank 8 on every linear module, a reward model with a head on the same base, and no gradient checkpointing. TRL holds
 reward model and critic as models of their own and trains all of the critic, as it has no other way. Answers may end
-early with both. The first step is left out; each side is a process of its own, so its peak memory is its own.
+early with both. Each side is a process of its own, so its peak memory is its own, and they take turns step by step,
+because the speed of a machine changes within minutes; the first step is left out.
 
     python -m tests.benchmarks.ppo MODEL_FOLDER PEER [--steps 4] [--bf16]
 """
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,12 +28,43 @@ from tests.benchmarks.data import Memory
 from tests.benchmarks.machine import machine
 
 PROMPTS, NEW, EPOCHS, RANK = 8, 32, 2, 8
-WAYS = ("floor", "ours", "trl")
 QUESTIONS = (
     *("Who are you, and what can you do for me today?", "What is a cached step of a pipeline?", "Name three fruits."),
     *("Why does the loss not fall after the first epoch?", "How do I go on with a run that was killed in the night?"),
     *("What is LoRA?", "Explain in one sentence what a hash is.", "Which of two models should be released, and why?"),
 )
+
+
+class Turns:
+    """Lets two processes work step by step, one at a time.
+
+    Args:
+        folder: that both know.
+        own, other: names.
+    """
+
+    def __init__(self, folder: Path, own: str, other: str) -> None:
+        self.file, self.own, self.other = folder / "turn", own, other
+        self.over = folder / f"{other}.over"
+        self.seconds: list[float] = []
+
+    def begin(self) -> None:
+        """Wait for the turn; it is the other's until that has made its first step."""
+        while self.file.read_text() != self.own and not self.over.exists():
+            time.sleep(0.02)
+        self.began = time.perf_counter()
+
+    def end(self) -> None:
+        """Count the step, and give the turn away."""
+        self.seconds.append(time.perf_counter() - self.began)
+        part = self.file.with_suffix(f".{self.own}")  # the other one never reads half of it
+        part.write_text(self.other)
+        part.rename(self.file)
+
+    def finish(self) -> list[float]:
+        """Seconds of every step; the other one goes on alone."""
+        (self.file.parent / f"{self.own}.over").touch()
+        return self.seconds
 
 
 def prompt_ids(model: Path) -> list[list[int]]:
@@ -58,16 +91,25 @@ def reward_adapter(model: Path, folder: Path) -> Path:
     return folder
 
 
-def ours(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
+def ours(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool, turns: Turns) -> list[float]:
     """Seconds of each step."""
     from tasks.program import Events
+    from tasks.train.online.loop import Loop
     from tasks.train.online.program import work
-    from tests.tiny import read_lines
 
+    class InTurns(Loop):
+        def step(self) -> Any:
+            turns.begin()
+            made = super().step()
+            turns.end()
+            return made
+
+    import tasks.train.online.loop
+
+    tasks.train.online.loop.Loop = InTurns  # type: ignore[misc]
     spec = _spec(model, adapter, folder, steps, bf16)
     work(spec, Events(spec.events))
-    lines = read_lines(Path(spec.output) / "report" / "metrics.jsonl")
-    return [PROMPTS / line["samples_per_second"] for line in lines]
+    return turns.finish()
 
 
 def floor(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
@@ -112,7 +154,7 @@ def _spec(model: Path, adapter: Path, folder: Path, steps: int, bf16: bool) -> A
     return Spec.read(write_spec(folder / "run", identity, inputs, runtime))
 
 
-def trl(model: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
+def trl(model: Path, folder: Path, steps: int, bf16: bool, turns: Turns) -> list[float]:
     """Seconds of each step."""
     import torch
     from datasets import Dataset
@@ -130,11 +172,12 @@ def trl(model: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
     judges = [AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=dtype) for _ in range(2)]
     for judge in judges:
         judge.config.pad_token_id = tokenizer.pad_token_id
-    ends = [time.perf_counter()]
 
     class Ends(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            turns.end()
+            if len(turns.seconds) < steps:
+                turns.begin()
 
     arguments = PPOConfig(
         output_dir=str(folder),
@@ -166,22 +209,34 @@ def trl(model: Path, folder: Path, steps: int, bf16: bool) -> list[float]:
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Ends()],
     )
-    ends[0] = time.perf_counter()
+    turns.begin()
     trainer.train()
-    return [after - before for before, after in pairwise(ends)]
+    return turns.finish()
 
 
-def measure(way: str, chosen: argparse.Namespace, adapter: Path, folder: Path) -> dict[str, Any]:
+def start(way: str, chosen: argparse.Namespace, adapter: Path, folder: Path) -> subprocess.Popen[str]:
     """One way, in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.ppo", chosen.model, chosen.peer, "--way", way]
     command += ["--folder", str(folder), "--adapter", str(adapter), "--steps", str(chosen.steps)]
-    folder.mkdir()
-    with Memory() as memory:
-        answer = subprocess.run(
-            [*command, *(["--bf16"] if chosen.bf16 else [])], stdout=subprocess.PIPE, text=True, check=True
-        )
-    seconds = json.loads(answer.stdout.splitlines()[-1])
-    return {"samples_per_second": PROMPTS / median(seconds[1:]), "peak_bytes": memory.peak}
+    (folder / way).mkdir()
+    return subprocess.Popen([*command, *(["--bf16"] if chosen.bf16 else [])], stdout=subprocess.PIPE, text=True)
+
+
+def measure(ways: Sequence[str], chosen: argparse.Namespace, adapter: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Ways side by side: samples per second, and the most memory of each."""
+    started = {way: start(way, chosen, adapter, folder) for way in ways}
+    memories = {way: Memory(process.pid) for way, process in started.items()}
+    results = {}
+    with ExitStack() as stack:
+        for memory in memories.values():
+            stack.enter_context(memory)
+        for way, process in started.items():
+            answer, _ = process.communicate()
+            if process.returncode:
+                sys.exit(f"{way} ended with exit code {process.returncode}")
+            seconds = json.loads(answer.splitlines()[-1])
+            results[way] = {"samples_per_second": PROMPTS / median(seconds[1:]), "peak_bytes": memories[way].peak}
+    return results
 
 
 def report(results: dict[str, dict[str, Any]], chosen: argparse.Namespace) -> str:
@@ -211,17 +266,27 @@ def main() -> None:
         parser.add_argument(name, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     model = Path(chosen.model)
-    if chosen.way in ("ours", "floor"):
-        way = {"ours": ours, "floor": floor}[chosen.way]
-        print(json.dumps(way(model, Path(chosen.adapter), Path(chosen.folder), chosen.steps, chosen.bf16)))
-    elif chosen.way == "trl":
-        sys.path.insert(0, chosen.peer)
-        print(json.dumps(trl(model, Path(chosen.folder), chosen.steps, chosen.bf16)))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            adapter = reward_adapter(model, Path(folder) / "adapter")
-            results = {way: measure(way, chosen, adapter, Path(folder) / way) for way in WAYS}
-        print(report(results, chosen))
+    if chosen.way:
+        print(json.dumps(one_way(chosen.way, chosen, model)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = reward_adapter(model, Path(folder) / "adapter")
+        (Path(folder) / "turn").write_text("ours")
+        results = measure(("floor",), chosen, adapter, Path(folder))
+        results |= measure(("ours", "trl"), chosen, adapter, Path(folder))
+    print(report(results, chosen))
+
+
+def one_way(way: str, chosen: argparse.Namespace, model: Path) -> list[float]:
+    """Seconds of each step of a way, in this process."""
+    root, adapter = Path(chosen.folder), Path(chosen.adapter)
+    if way == "floor":
+        return floor(model, adapter, root / way, chosen.steps, chosen.bf16)
+    turns = Turns(root, way, "trl" if way == "ours" else "ours")
+    if way == "ours":
+        return ours(model, adapter, root / way, chosen.steps, chosen.bf16, turns)
+    sys.path.insert(0, chosen.peer)
+    return trl(model, root / way, chosen.steps, chosen.bf16, turns)
 
 
 if __name__ == "__main__":

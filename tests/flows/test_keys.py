@@ -115,7 +115,8 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "max_steps": (9, TRAINED),
         "lr_scheduler_type": ("cosine", TRAINED),
         "warmup_ratio": (0.5, TRAINED),
-        "weight_decay": (0.1, TRAINED), "max_grad_norm": (0.5, TRAINED),
+        "weight_decay": (0.1, TRAINED),
+        "max_grad_norm": (0.5, TRAINED),
         "seed": (1, TRAINED),  # and fetch, where rows are kept back
         "bf16": (True, {"train", "evaluate"}),
         "eval_steps": (3, TRAINED),
