@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from flows.comparison import Side, difference, drawn_values
+from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import BASE, CHAMPION, Condition
 from registry.home import Home
@@ -195,6 +196,8 @@ def promote(side: Side, conditions: Sequence[Condition], home: Home) -> dict[str
             if found.champion is not None:
                 history.append(found.champion)
             client.set_registered_model_tag(found.name, HISTORY_TAG, json.dumps(history))
+        if passed:  # so that what it was made from is kept
+            next(each for each in records(home) if each.values["id"] == side.run).update(promoted=True)
     return record
 
 

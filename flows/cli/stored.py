@@ -131,6 +131,8 @@ def verify_artifacts(key: str | None, as_json: bool) -> int:
 def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
     """Remove what no kept run refers to: artifacts, unfinished work, damaged folders, chunks of data steps.
 
+    Runs whose model was ever promoted are kept.
+
     What a running step holds the lock of is left alone, and nothing is removed while a run is going on that may
     be about to use it.
 
@@ -145,10 +147,12 @@ def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
         if record.values["status"] == RUNNING and not record.died():
             rule = f"run {record.values['id']} is going on"
             raise InputError(Problem("artifacts gc", rule, "Wait for it, or stop it, then run gc again."))
-        number = seen.get(record.values["recipe"], 0)
-        if number < keep_runs and record.values.get("steps"):
+        number, keys = seen.get(record.values["recipe"], 0), {step["key"] for step in record.values.get("steps", [])}
+        if number < keep_runs and keys:
             seen[record.values["recipe"]] = number + 1
-            kept |= {step["key"] for step in record.values["steps"] if step["key"]}
+            kept |= keys
+        elif record.values.get("promoted"):  # others may use it by its alias, now or after a way back
+            kept |= keys
     freed, removed = 0, []
     going: list[Path] = []
     for artifact in list(store.all()):

@@ -129,6 +129,15 @@ def test_rolling_back_restores_the_champion_before(ids: dict[str, str], home: Pa
     assert "no model of that name is registered. Did you mean toy-sft?" in answer["error"]
 
 
+def test_what_was_promoted_is_kept_when_old_artifacts_go(ids: dict[str, str], home: Path, capsys: Capture) -> None:
+    ask(capsys, "promote", ids["first"], "--gate", "perplexity.held_out > 0")
+    capsys.readouterr()
+    assert run_app(["artifacts", "gc", "--keep-runs", "0"]) == 0
+    assert find_side(ids["first"], Home(home)).model().path.is_dir()
+    with pytest.raises(InputError, match="is gone or damaged"):
+        find_side(ids["worse"], Home(home))
+
+
 def test_of_two_promotions_at_once_one_champion_is_left_and_the_other_was_it_before(
     ids: dict[str, str], home: Path
 ) -> None:
