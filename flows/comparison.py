@@ -40,8 +40,8 @@ class Side:
     """Step, as in `sft/train`, → what it made: the measurement of the stage, and all that it hangs on."""
     evaluations: list[tuple[Artifact, list[str]]]
     """What measuring it made, the stage's own first, each with the names of its data sets in their order."""
-    befores: dict[str, Artifact]
-    """Step → what measuring the model that the stage started from made."""
+    before: Artifact | None
+    """What measuring the model that the stage started from made; None where it was not measured."""
 
     def model(self) -> Artifact:
         """Its weights: the merge, or the training itself where that makes all of them."""
@@ -88,12 +88,10 @@ def find_side(asked: str, home: Home) -> Side:
             evaluations.append((artifact, list(dict.fromkeys(names))))
     own = artifacts[f"{stage}/evaluate"]
     evaluations.sort(key=lambda each: each[0] is not own)
-    befores = {
-        title: artifact
-        for title, artifact in artifacts.items()
-        if title == f"{FIRST_MEASURED}/evaluate" or title.partition("/")[2] == f"evaluate:{stage}"
-    }
-    return Side(asked, values["id"], values["recipe"], stage, _behind(own, artifacts), evaluations, befores)
+    # only of a stage that starts from another one, or beside others, there is a measurement under its name
+    named = (artifact for title, artifact in artifacts.items() if title.partition("/")[2] == f"evaluate:{stage}")
+    before = next(named, artifacts.get(f"{FIRST_MEASURED}/evaluate"))
+    return Side(asked, values["id"], values["recipe"], stage, _behind(own, artifacts), evaluations, before)
 
 
 def _artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Artifact]:

@@ -23,7 +23,7 @@ from tasks.artifacts import Artifact, Store
 from tasks.evaluation import by_set
 from tasks.intervals import Array
 from tasks.locks import locked
-from tasks.tracking import registry_client
+from tasks.tracking import mlflow_client
 
 ALIAS = "champion"
 Measurement = tuple[Artifact, list[str]]
@@ -116,7 +116,7 @@ def check_gate(side: Side, conditions: Sequence[Condition], champion: str | None
             ]
         )
     others: dict[str, list[Measurement]] = {
-        BASE: [(artifact, []) for artifact in side.befores.values()],
+        BASE: [(side.before, [])] if side.before else [],
         CHAMPION: _measured(champion, home) if champion else [],
     }
     found = []
@@ -171,7 +171,7 @@ def promote(side: Side, conditions: Sequence[Condition], home: Home) -> dict[str
     Raises:
         InputError: see `check_gate` and `find_registered`.
     """
-    client = registry_client(home)
+    client = mlflow_client(home)
     with locked(home.locks / "promote.lock"):  # two at once: the second one meets the first one's champion
         found = find_registered(side, client)
         checked = check_gate(side, conditions, found.champion_digest, home)
@@ -209,7 +209,7 @@ def roll_back(name: str, home: Home) -> dict[str, Any]:
     """
     from mlflow.exceptions import MlflowException
 
-    client = registry_client(home)
+    client = mlflow_client(home)
     with locked(home.locks / "promote.lock"):
         try:
             present = client.get_registered_model(name).aliases.get(ALIAS)

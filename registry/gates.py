@@ -3,7 +3,7 @@
 `METRIC [- base | - champion] OPERATOR NUMBER [at 95%]`, e.g.::
 
     perplexity.held_out < 6.5                     the number itself
-    perplexity.held_out - base < 0                its difference to that of the model before
+    perplexity.held_out - base < 0                its difference to that of the model the stage started from
     perplexity.held_out - champion <= 0.05        to that of the model that is the champion now
     reward_accuracy.pairs - champion >= 0 at 95%  the whole interval of the difference, not just the difference
 """

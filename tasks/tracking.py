@@ -64,12 +64,6 @@ class Tracker:
 
     def _connect(self) -> Any:
         if self._client is None:
-            os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said by us
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            from mlflow.tracking import MlflowClient
-
             uri = tracking_uri(self._home)
             # without a location, artifacts go to ./mlruns of whoever came first
             location = (self._home.mlflow / "artifacts").as_uri() if uri.startswith("sqlite:") else None
@@ -77,7 +71,7 @@ class Tracker:
                 self._home.mlflow.mkdir(parents=True, exist_ok=True)
             # two processes that make one new database at once would fail
             with locked(self._home.locks / "mlflow-start.lock"):
-                client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+                client = mlflow_client(self._home)
                 found = client.get_experiment_by_name(EXPERIMENT)
                 if found and location and found.artifact_location != location:
                     follow_moved_home(self._home.mlflow / "mlflow.db", found.artifact_location, location)
@@ -250,9 +244,12 @@ class Tracker:
         return found
 
 
-def registry_client(home: Home) -> Any:
-    """A client of the model registry that runs of this home use."""
+def mlflow_client(home: Home) -> Any:
+    """A client of the runs and the model registry that runs of this home use."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said by us
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(home)
@@ -312,10 +309,7 @@ def end_dead_run(home: Home, record_id: str, status: str) -> None:
     """
     if TRACKING_URI not in os.environ and not (home.mlflow / "mlflow.db").exists():
         return
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=tracking_uri(home))
+    client = mlflow_client(home)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return

@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.cli.app import run_app
+from flows.comparison import find_side
 from registry.home import Home
 from tasks.artifacts import Artifact, Store
 from tests.flows.conftest import Server
@@ -114,6 +115,12 @@ def test_a_chain_is_one_run_and_a_change_of_dpo_redoes_dpo_only(recipe: str) -> 
     waiting = {f"{step['stage']}/{step['step']}" for step in plan["steps"] if step["state"] != "cached"}
     assert waiting == {"dpo/train", "dpo/merge", "dpo/evaluate"}
     assert run("run", recipe)["status"] == "up-to-date"
+
+
+def test_a_stage_is_compared_with_the_model_it_started_from(recipe: str, made: tuple[Path, Path]) -> None:
+    side = find_side("three:dpo", Home(made[1]))
+    assert side.before is not None
+    assert side.before.manifest["inputs"]["model"]["digest"] == artifact(str(made[1]), "train", "three-sft").digest
 
 
 def test_the_card_of_a_chain_names_every_artifact_data_set_and_number(

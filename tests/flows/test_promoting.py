@@ -16,7 +16,7 @@ from flows.promotion import promote
 from registry.errors import InputError
 from registry.gates import condition
 from registry.home import Home
-from tasks.tracking import registry_client
+from tasks.tracking import mlflow_client
 from tests.flows.conftest import Server
 from tests.flows.toy import toy_recipe
 from tests.flows.twins import work_here
@@ -62,7 +62,7 @@ def ask(capsys: Capture, *arguments: str, code: int = 0) -> tuple[dict[str, Any]
 
 
 def champion(home: Path) -> str | None:
-    found: str | None = registry_client(Home(home)).get_registered_model("toy-sft").aliases.get("champion")
+    found: str | None = mlflow_client(Home(home)).get_registered_model("toy-sft").aliases.get("champion")
     return None if found is None else str(found)
 
 
@@ -161,7 +161,7 @@ def test_what_was_decided_is_kept_with_every_number(ids: dict[str, str], home: P
     record, _ = ask(capsys, "promote", ids["better"], *(part for gate in gates for part in ("--gate", gate)), code=1)
     assert [each["met"] for each in record["conditions"]] == [True, True, False]
     assert champion(home) is None
-    client = registry_client(Home(home))
+    client = mlflow_client(Home(home))
     version = client.get_model_version("toy-sft", record["version"])
     assert version.tags["llamatuner.gate"] == "failed"
     kept = Path(client.download_artifacts(version.run_id, "gate.json", str(home)))
