@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
-
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from tasks.artifacts import Artifact, Store
-from tasks.evaluation import by_set, read_answers
+from tasks.evaluation import read_answers
 from tasks.explain import flatten
-from tasks.intervals import Array, drawn_ratios, limits
+from tasks.intervals import limits
 from tasks.jsonlines import read_json_lines
+from tasks.measurements import Number, numbers
 
 ABSENT = None
 NAMES_ONLY = ("sets",)  # of an identity: numbers that say nothing
@@ -157,56 +156,31 @@ class Measured:
     results: list[dict[str, Any] | None]
     """Of every side; None where it was not measured on these rows."""
     differences: list[dict[str, Any] | None]
-    """To the first side that has it: `value`, `low`, `high`, and `real`, whether 0 is outside; None for that side, and
-    where rows cannot be paired."""
+    """To the first side that has it, see `difference`; None for that side, and where there is no number."""
 
 
 def measured(sides: Sequence[Side]) -> list[Measured]:
     """The numbers of all sides, data set by data set, by the rows they were measured on."""
-    found: dict[tuple[str, str], list[tuple[dict[str, Any], Array] | None]] = {}
-    names: dict[str, str] = {}
-    for number, side in enumerate(sides):
+    found: dict[tuple[str, str], list[Number | None]] = {}
+    for place, side in enumerate(sides):
         for artifact, set_names in side.evaluations:
-            for index, (name, results) in enumerate(by_set(artifact.path, set_names).items()):
-                rows = artifact.manifest["inputs"][f"set.{index}"]["digest"]
-                names.setdefault(rows, name)
-                for metric, result in results.items():
-                    row = found.setdefault((metric, rows), [None] * len(sides))
-                    row[number] = result, drawn_values(metric, artifact, index)
-    return [_row(f"{metric}.{names[rows]}", row) for (metric, rows), row in found.items()]
+            for number in numbers(artifact, set_names):
+                found.setdefault((number.metric, number.rows), [None] * len(sides))[place] = number
+    return [_row(row) for row in found.values()]
 
 
-def _row(metric: str, row: list[tuple[dict[str, Any], Array] | None]) -> Measured:
-    there = [each for each in row if each is not None]
-    first, drawn = there[0]
-    differences: list[dict[str, Any] | None] = []
-    for each in row:
-        if each is None or each is there[0] or not len(each[1]) or not len(drawn):
-            differences.append(None)
-            continue
-        differences.append(difference(each[0], each[1], first, drawn))
-    return Measured(metric, first["rows"], [each and each[0] for each in row], differences)
+def _row(row: list[Number | None]) -> Measured:
+    first = next(each for each in row if each is not None)
+    away = [None if each is None or each is first else difference(each, first) for each in row]
+    results = [each and each.result for each in row]
+    return Measured(f"{first.metric}.{first.set_name}", first.result["rows"], results, away)
 
 
-def difference(result: dict[str, Any], drawn: Array, other: dict[str, Any], other_drawn: Array) -> dict[str, Any]:
-    """What a number is more than another, of drawn values [n] that belong together: `value`, `low`, `high`, `real`."""
-    between = limits(drawn - other_drawn)
+def difference(number: Number, other: Number) -> dict[str, Any]:
+    """What a number is more than another on the same rows: `value`, `low`, `high`, and `real`, whether 0 is outside."""
+    between = limits(number.drawn - other.drawn)
     real = not between["low"] <= 0.0 <= between["high"]
-    return {"value": result["value"] - other["value"], **between, "real": real}
-
-
-def drawn_values(metric: str, artifact: Artifact, index: int) -> Array:
-    """Values of a metric for drawn rows, [n]; none for a metric that is no ratio of sums over all rows."""
-    if metric == "perplexity":
-        lines = read_json_lines(artifact.path / f"nll.{index}.jsonl")
-        tops, bottoms = (numpy.array([line[name] for line in lines], numpy.float64) for name in ("nll", "tokens"))
-        return numpy.exp(drawn_ratios(tops, bottoms))
-    if metric in ("reward_accuracy", "reward_margin"):
-        lines = read_json_lines(artifact.path / f"rewards.{index}.jsonl")
-        margins = numpy.array([line["chosen"] - line["rejected"] for line in lines], numpy.float64)
-        values = (margins > 0).astype(numpy.float64) if metric == "reward_accuracy" else margins
-        return drawn_ratios(values, numpy.ones(len(values)))
-    return numpy.empty(0)
+    return {"value": number.result["value"] - other.result["value"], **between, "real": real}
 
 
 def answers(sides: Sequence[Side]) -> list[tuple[str, list[str | None]]]:

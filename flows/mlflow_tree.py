@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 from flows.graph import Pipeline, StageSteps
-from tasks.evaluation import read_results, reward_pictures
+from tasks.evaluation import reward_pictures
 from tasks.jsonlines import read_json_lines
+from tasks.measurements import read_results
 from tasks.statistics import STATISTICS, statistics_picture
 from tasks.steps import Outcome, Step
 from tasks.tracking import RUN_TAG, Tracker

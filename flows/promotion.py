@@ -12,35 +12,22 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
-from flows.comparison import Side, difference, drawn_values
+from flows.comparison import Side, difference
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import BASE, CHAMPION, Condition
 from registry.home import Home
 from tasks.artifacts import Artifact, Store
-from tasks.evaluation import by_set
-from tasks.intervals import Array
 from tasks.locks import locked
+from tasks.measurements import KINDS, Number, numbers
 from tasks.tracking import mlflow_client
 
 ALIAS = "champion"
 Measurement = tuple[Artifact, list[str]]
 """What measuring a model made, and the names of its data sets in their order; none: they have numbers."""
 DIGEST_TAG, HISTORY_TAG, GATE_TAG = "llamatuner.digest", "llamatuner.champions", "llamatuner.gate"
-
-
-class Number(NamedTuple):
-    """A metric on one data set."""
-
-    metric: str
-    set_name: str
-    rows: str
-    """Digest of the rows."""
-    result: dict[str, Any]
-    drawn: Array
-    """[n] values for drawn rows."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +126,7 @@ def _against(each: Condition, number: Number, others: Sequence[Measurement]) -> 
     if other is None:
         reason = f"the {each.other} was not measured on these rows; run its recipe with this data set"
         return Checked(each.text, False, reason=reason)
-    if not len(number.drawn):
-        return Checked(each.text, False, reason=f"{number.metric} of two models cannot be compared row by row")
-    away = difference(number.result, number.drawn, other.result, other.drawn)
+    away = difference(number, other)
     values = away["value"], away["low"], away["high"]
     return Checked(each.text, each.holds(*values), *values)
 
@@ -149,11 +134,7 @@ def _against(each: Condition, number: Number, others: Sequence[Measurement]) -> 
 def _numbers(evaluations: Sequence[Measurement]) -> Iterator[Number]:
     """Everything that was measured."""
     for artifact, names in evaluations:
-        count = len(artifact.manifest["identity"]["sets"])
-        for index, (name, results) in enumerate(by_set(artifact.path, names or list(map(str, range(count)))).items()):
-            rows = artifact.manifest["inputs"][f"set.{index}"]["digest"]
-            for metric, result in results.items():
-                yield Number(metric, name, rows, result, drawn_values(metric, artifact, index))
+        yield from numbers(artifact, names)
 
 
 def _measured(digest: str, home: Home) -> list[Measurement]:
@@ -161,7 +142,7 @@ def _measured(digest: str, home: Home) -> list[Measurement]:
     return [
         (artifact, [])
         for artifact in Store(home).all()
-        if artifact.step == "evaluate" and artifact.manifest["inputs"]["model"]["digest"] == digest
+        if artifact.step in KINDS and artifact.manifest["inputs"]["model"]["digest"] == digest
     ]
 
 

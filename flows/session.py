@@ -22,9 +22,9 @@ from registry.gates import condition
 from registry.home import Home
 from tasks.artifacts import Store
 from tasks.digests import DigestMemory
-from tasks.evaluation import read_results
 from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted, check_stop
+from tasks.measurements import read_results
 from tasks.program import classify
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.measurements import Measure, write_results
 from tasks.program import Events, Spec, main
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON itself escapes the others
 def work(spec: Spec, events: Events) -> None:
     """Load, score, answer, write.
 
-    Writes `results.json` (`perplexity.<set>` → value, nll, tokens, rows; of a reward model what `tasks.rewards` gives,
-    by the same kind of name), `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per row or pair), `answers.jsonl`
-    (one line per question), `report/rewards.<set>.png` where there are pairs and `report/timings.json` (seconds).
+    Writes what `tasks.measurements` says (`perplexity.<set>`; of a reward model what `tasks.rewards` gives),
+    `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per row or pair), `answers.jsonl` (one line per question),
+    `report/rewards.<set>.png` where there are pairs and `report/timings.json` (seconds).
 
     Raises:
         ProgramError: `bad_setting` for packed shards, for an adapter of another base and for a data set without
@@ -59,7 +60,7 @@ def work(spec: Spec, events: Events) -> None:
     events.emit("note", text="loading the model")
     model = load(spec)
     lap("load")
-    results: dict[str, Any] = {}
+    results: dict[str, Measure] = {}
     for name, shape in zip(settings["sets"], settings["shapes"], strict=True):
         shards = Shards(Path(spec.inputs[f"set.{name}"]), shape)
         report = _reporter(
@@ -69,7 +70,7 @@ def work(spec: Spec, events: Events) -> None:
         found = measure(model, shards, spec.runtime["per_device_eval_batch_size"], report, output, name)
         results |= {f"{metric}.{name}": result for metric, result in found.items()}
         lap(f"set.{name}")
-    (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_results(output, results)
     if chat is not None:
         report = _reporter(events, "questions", "")
         answers = answer_questions(model, chat, settings["questions"], settings["max_new_tokens"], on_batch=report)
@@ -80,8 +81,8 @@ def work(spec: Spec, events: Events) -> None:
 
 def _perplexity(
     model: Any, shards: Shards, batch_size: int, report: Report, output: Path, name: str
-) -> dict[str, dict[str, Any]]:
-    """Metric → result of a language model on one data set."""
+) -> dict[str, Measure]:
+    """Metric → number of a language model on one data set."""
     from tasks.scoring import perplexity, score_rows
 
     scores = score_rows(model, shards, batch_size, report)
@@ -92,8 +93,8 @@ def _perplexity(
 
 def _rewards(
     model: Any, shards: Shards, batch_size: int, report: Report, output: Path, name: str
-) -> dict[str, dict[str, Any]]:
-    """Metric → result of a reward model on one data set: of pairs, or of answers that nothing is compared with."""
+) -> dict[str, Measure]:
+    """Metric → number of a reward model on one data set: of pairs, or of answers that nothing is compared with."""
     from tasks.reward_picture import draw_rewards
     from tasks.rewards import paired, reward_results, score_results, score_texts
 
@@ -109,7 +110,9 @@ def _rewards(
     )
     write_lines(output / f"rewards.{name}.jsonl", rows)
     results = reward_results(pairs)
-    (output / "report" / f"rewards.{name}.png").write_bytes(draw_rewards(results))
+    (output / "report" / f"rewards.{name}.png").write_bytes(
+        draw_rewards({metric: found.result for metric, found in results.items()})
+    )
     return results
 
 

@@ -6,7 +6,6 @@ their names are put back when results are read.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from tasks.training import BASE_FILES, SHARD_FILES, keep_log
 
 # of each measure, so that what is not changed is not measured again
 VERSIONS = {
-    "perplexity": 2,  # with intervals
-    "reward": 3,  # with intervals
+    "perplexity": 3,  # drawn values are kept
+    "reward": 4,  # drawn values are kept
 }
 
 LENGTH_ENDINGS = ("", "_chosen_shorter", "_similar_length", "_chosen_longer")
@@ -91,22 +90,6 @@ def evaluate(work: Work) -> dict[str, Any]:
     run_program("tasks.evaluate_program", work.spec(), work.folder, work.emit, work.stop)
     keep_log(work)
     return {}
-
-
-def read_results(artifact: Path, set_names: list[str]) -> dict[str, dict[str, Any]]:
-    """`<metric>.<set>` → value, rows and what they were made of; sets by their present names."""
-    found = by_set(artifact, set_names)
-    return {f"{metric}.{name}": result for name, results in found.items() for metric, result in results.items()}
-
-
-def by_set(artifact: Path, set_names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Data set by its present name → metric → the same."""
-    stored = json.loads((artifact / "results.json").read_text(encoding="utf-8"))
-    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in set_names}
-    for key, result in stored.items():
-        metric, _, index = key.rpartition(".")
-        results[set_names[int(index)]][metric] = result
-    return results
 
 
 def reward_pictures(artifact: Path, set_names: list[str]) -> dict[str, Path]:

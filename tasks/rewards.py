@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy
 
 from registry.errors import InputError, Problem
-from tasks.intervals import drawn_sums, limits, mean_limits
+from tasks.intervals import drawn_sums
+from tasks.measurements import Measure, mean, measure
 from tasks.program import ProgramError
 from tasks.scoring import Shards, batches
 from tasks.sequences import IGNORED
@@ -39,20 +40,19 @@ Pair = tuple[ScoredText, ScoredText]
 """The preferred answer and the other."""
 
 
-def reward_results(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
+def reward_results(pairs: Sequence[Pair]) -> dict[str, Measure]:
     """What the scores of many pairs say.
 
     >>> pairs = [(ScoredText(2.0, 9), ScoredText(1.0, 5)), (ScoredText(0.5, 4), ScoredText(0.5, 8))]
     >>> found = reward_results(pairs)
-    >>> found["reward_accuracy"]
+    >>> found["reward_accuracy"].result
     {'value': 0.5, 'low': 0.0, 'high': 1.0, 'right': 1, 'ties': 1, 'rows': 2}
-    >>> found["reward_accuracy_chosen_shorter"]
+    >>> found["reward_accuracy_chosen_shorter"].result
     {'value': 0.0, 'low': 0.0, 'high': 0.0, 'right': 0, 'ties': 1, 'rows': 1}
 
     Returns:
-        By name, each with `value`, `low` and `high` (95 %, see `tasks.intervals`; pairs are drawn) and `rows`:
-        `reward_accuracy` and `reward_margin` (mean), both also of the pairs whose preferred answer is shorter, of about
-        the same length or longer (`…_chosen_shorter` …; a name without pairs is left out);
+        By name (pairs are drawn): `reward_accuracy` and `reward_margin` (mean), both also of the pairs whose preferred
+        answer is shorter, of about the same length or longer (`…_chosen_shorter` …; a name without pairs is left out);
         `longer_is_better_accuracy`; `reward_calibration_error` with its bins; `reward_score`.
 
     Raises:
@@ -60,22 +60,21 @@ def reward_results(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
     """
     results = score_results([text for pair in pairs for text in pair])
     means = numpy.array([(chosen.score + rejected.score) / 2 for chosen, rejected in pairs])
-    results["reward_score"] |= {"rows": len(pairs), **mean_limits(means)}
+    extremes = {name: results["reward_score"].result[name] for name in ("lowest", "highest")}
+    results["reward_score"] = mean(means, **extremes)
     scores = [(chosen.score, rejected.score) for chosen, rejected in pairs]
     for name in ("", *LENGTHS):
         part = [score for score, pair in zip(scores, pairs, strict=True) if name in ("", length_of(pair))]
         if part:
             ending = f"_{name}" if name else ""
             results[f"reward_accuracy{ending}"] = _accuracy(part)
-            margins = [chosen - rejected for chosen, rejected in part]
-            mean = {"value": math.fsum(margins) / len(part), **mean_limits(numpy.array(margins))}
-            results[f"reward_margin{ending}"] = mean | {"rows": len(part)}
+            results[f"reward_margin{ending}"] = mean(numpy.array([chosen - rejected for chosen, rejected in part]))
     results["longer_is_better_accuracy"] = _accuracy([(chosen.tokens, rejected.tokens) for chosen, rejected in pairs])
     results["reward_calibration_error"] = calibration([chosen - rejected for chosen, rejected in scores])
     return results
 
 
-def score_results(texts: Sequence[ScoredText]) -> dict[str, dict[str, Any]]:
+def score_results(texts: Sequence[ScoredText]) -> dict[str, Measure]:
     """Mean, lowest and highest score of answers.
 
     Raises:
@@ -86,9 +85,7 @@ def score_results(texts: Sequence[ScoredText]) -> dict[str, dict[str, Any]]:
     scores = [text.score for text in texts]
     if not all(map(math.isfinite, scores)):
         raise ProgramError("not_finite", "a score is not a number: the model is broken.")
-    mean = math.fsum(scores) / len(scores)
-    found = {"value": mean, **mean_limits(numpy.array(scores)), "lowest": min(scores), "highest": max(scores)}
-    return {"reward_score": found | {"rows": len(scores)}}
+    return {"reward_score": mean(numpy.array(scores), lowest=min(scores), highest=max(scores))}
 
 
 def length_of(pair: Pair) -> str:
@@ -103,14 +100,13 @@ def length_of(pair: Pair) -> str:
     return CHOSEN_SHORTER if chosen < rejected else CHOSEN_LONGER
 
 
-def _accuracy(scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def _accuracy(scores: Sequence[tuple[float, float]]) -> Measure:
     rights = [chosen > rejected for chosen, rejected in scores]
-    right, found = sum(rights), mean_limits(numpy.array(rights, numpy.float64))
     ties = sum(chosen == rejected for chosen, rejected in scores)
-    return {"value": right / len(scores), **found, "right": right, "ties": ties, "rows": len(scores)}
+    return mean(numpy.array(rights), right=sum(rights), ties=ties)
 
 
-def calibration(margins: Sequence[float]) -> dict[str, Any]:
+def calibration(margins: Sequence[float]) -> Measure:
     """How often the answer with the higher score is the preferred one, beside how often the model says it is.
 
     A difference d of two scores says that the higher one is preferred with probability σ(|d|). Margins 2, 0.1 and
@@ -120,8 +116,8 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
         margins: score of the preferred answer less that of the other.
 
     Returns:
-        `value`, with `low` and `high`, the mean over pairs of |share right − mean probability| of their bin; `rows`;
-        `bins` of 0.05 that hold pairs: `from`, `to`, `rows`, `right`, `predicted` (mean).
+        The mean over pairs of |share right − mean probability| of their bin; `bins` of 0.05 that hold pairs: `from`,
+        `to`, `rows`, `right`, `predicted` (mean).
 
     Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
@@ -145,7 +141,7 @@ def calibration(margins: Sequence[float]) -> dict[str, Any]:
     ]
     error = math.fsum(abs(each["right"] - each["rows"] * each["predicted"]) for each in bins) / len(margins)
     drawn = numpy.abs(drawn_sums(off)).sum(axis=1) / len(margins)
-    return {"value": error, **limits(drawn), "rows": len(margins), "bins": bins}
+    return measure(error, drawn, len(margins), bins=bins)
 
 
 def require_reward_model(folder: Path, where: str) -> None:

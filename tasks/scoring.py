@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from tasks.intervals import Array, drawn_ratios, limits
+from tasks.intervals import drawn_ratios
+from tasks.measurements import Measure, measure
 from tasks.program import ProgramError
 from tasks.sequences import IGNORED, TokenizedSequences
 
@@ -38,14 +39,14 @@ class RowScore:
     """Its scored tokens; 0 when no label is left after the shift by one."""
 
 
-def perplexity(rows: Iterable[RowScore]) -> dict[str, Any]:
+def perplexity(rows: Iterable[RowScore]) -> Measure:
     """The perplexity of many rows: exp(sum of NLL / sum of scored tokens).
 
     Args:
         rows: of one data set, in any order and split.
 
     Returns:
-        `value`, `low` and `high` (95 %, see `tasks.intervals`), `nll` (sum, nats), `tokens`, `rows`.
+        With `nll` (sum, nats) and `tokens` beside `value`, `low`, `high` and `rows`.
 
     Raises:
         ProgramError: `not_finite` for a NaN or infinite sum, `bad_setting` when nothing is scored.
@@ -63,14 +64,9 @@ def perplexity(rows: Iterable[RowScore]) -> dict[str, Any]:
         raise ProgramError(
             "not_finite", f"the negative log-likelihood of {tokens} tokens sums to {nll}: the model is broken."
         )
-    drawn = drawn_perplexities(scores)
-    return {"value": math.exp(nll / tokens), **limits(drawn), "nll": nll, "tokens": tokens, "rows": len(scores)}
-
-
-def drawn_perplexities(rows: Sequence[RowScore]) -> Array:
-    """Perplexities of drawn rows, [n] of `tasks.intervals`; those of two models on the same rows belong together."""
-    tops, bottoms = (numpy.array([getattr(row, name) for row in rows], numpy.float64) for name in ("nll", "tokens"))
-    return numpy.exp(drawn_ratios(tops, bottoms))
+    tops, bottoms = (numpy.array([getattr(row, name) for row in scores], numpy.float64) for name in ("nll", "tokens"))
+    drawn = numpy.exp(drawn_ratios(tops, bottoms))
+    return measure(math.exp(nll / tokens), drawn, len(scores), nll=nll, tokens=tokens)
 
 
 class Shards:

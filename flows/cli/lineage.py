@@ -21,9 +21,9 @@ from registry.stages import STAGES
 from tasks.artifacts import Artifact, Store
 from tasks.base import known_model
 from tasks.card import BaseModel, Card, DataSet, Made, Result, StageRecord
-from tasks.evaluation import read_results
 from tasks.fetch import KEPT_BACK, ROWS
 from tasks.fingerprint import fingerprint
+from tasks.measurements import read_results
 from tasks.preview import steps_behind
 from tasks.steps import Step, upstream
 from tasks.training import REWARD_ADAPTER, REWARD_MODEL

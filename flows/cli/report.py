@@ -17,7 +17,8 @@ from flows.graph import Pipeline
 from flows.session import results_of
 from flows.view import duration
 from registry.home import Home
-from tasks.evaluation import by_set, read_answers
+from tasks.evaluation import read_answers
+from tasks.measurements import by_set
 from tasks.steps import Outcome
 from tasks.tracking import tracking_uri
 from tasks.training_estimate import memory_sentence

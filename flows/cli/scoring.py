@@ -33,10 +33,11 @@ from registry.records import EvaluationSettings
 from tasks.artifacts import Artifact, Store
 from tasks.digests import DigestMemory
 from tasks.evaluate_program import write_lines
-from tasks.evaluation import by_set, evaluate_step
+from tasks.evaluation import evaluate_step
 from tasks.fetch import ROWS, fetch_step, file_names
 from tasks.jsonlines import read_json_lines, read_object
 from tasks.launch import ProgramFailed
+from tasks.measurements import by_set
 from tasks.model import base_input
 from tasks.render import render_step
 from tasks.rewards import require_reward_model

@@ -52,22 +52,22 @@ def slow_scores(model: Any, rows: Sequence[dict[str, list[int]]]) -> list[tuple[
 
 
 def test_perplexity_is_one_division_at_the_end() -> None:
-    result = perplexity([RowScore(2.0, 2), RowScore(16.0, 8)])
+    result = perplexity([RowScore(2.0, 2), RowScore(16.0, 8)]).result
     limits = {"low": pytest.approx(math.exp(1)), "high": pytest.approx(math.exp(2))}  # one row twice, or the other
     assert result == {"value": pytest.approx(6.0496, abs=5e-5), **limits, "nll": 18.0, "tokens": 10, "rows": 2}
 
 
 def test_perplexity_does_not_depend_on_the_order_or_split_of_rows() -> None:
     rows = [RowScore(0.1 * number, number) for number in range(1, 50)]
-    whole = perplexity(rows)
-    assert perplexity(rows[::-1])["value"] == whole["value"]
-    parts = [perplexity(rows[:7]), perplexity(rows[7:])]
-    again = perplexity([RowScore(part["nll"], part["tokens"]) for part in parts])
+    whole = perplexity(rows).result
+    assert perplexity(rows[::-1]).result["value"] == whole["value"]
+    parts = [perplexity(rows[:7]).result, perplexity(rows[7:]).result]
+    again = perplexity([RowScore(part["nll"], part["tokens"]) for part in parts]).result
     assert again["value"] == pytest.approx(whole["value"], rel=1e-14)
 
 
 def test_rows_without_scored_tokens_change_nothing_but_the_count_of_rows() -> None:
-    with_one, without = perplexity([RowScore(3.0, 2), RowScore(0.0, 0)]), perplexity([RowScore(3.0, 2)])
+    with_one, without = perplexity([RowScore(3.0, 2), RowScore(0.0, 0)]).result, perplexity([RowScore(3.0, 2)]).result
     assert with_one == without | {"rows": 2}  # drawn without a scored token there is no perplexity, and none counts
 
 
@@ -94,14 +94,14 @@ def test_scores_are_those_of_a_plain_loop_for_every_batch_size(model: Any, tmp_p
     assert [score.tokens for score in scores] == [tokens for _, tokens in expected]
     for score, (nll, _) in zip(scores, expected, strict=True):
         assert score.nll == pytest.approx(nll, rel=1e-5, abs=1e-9)
-    total = perplexity(RowScore(*score) for score in expected)
-    assert perplexity(scores)["value"] == pytest.approx(total["value"], rel=1e-6)
+    total = perplexity(RowScore(*score) for score in expected).result
+    assert perplexity(scores).result["value"] == pytest.approx(total["value"], rel=1e-6)
 
 
 def test_bfloat16_differs_between_batch_sizes_by_rounding_only(folder: Path, tmp_path: Path) -> None:
     model = load_base(str(folder), torch.bfloat16).eval()
     shards = Shards(write_shards(tmp_path / "shards", random_rows(20, seed=4)))
-    one, four = (perplexity(score_rows(model, shards, size).values())["value"] for size in (1, 4))
+    one, four = (perplexity(score_rows(model, shards, size).values()).result["value"] for size in (1, 4))
     assert one == pytest.approx(four, rel=2e-3)
 
 
@@ -231,7 +231,7 @@ def test_the_program_writes_results_answers_and_progress(folder: Path, model: An
     answer = run(spec)
     assert answer.returncode == 0, answer.stderr
     output = tmp_path / "output"
-    expected = perplexity(RowScore(*score) for score in slow_scores(model, rows))
+    expected = perplexity(RowScore(*score) for score in slow_scores(model, rows)).result
     assert json.loads((output / "results.json").read_text()) == {
         "perplexity.0": {name: pytest.approx(value) for name, value in expected.items()}
     }
@@ -268,7 +268,7 @@ def test_an_adapter_is_measured_on_its_own_base_only(folder: Path, tmp_path: Pat
     }
     spec = Spec.read(write_spec(tmp_path, settings, inputs, {"per_device_eval_batch_size": 4}))
     work(spec, Events(spec.events))
-    expected = perplexity(RowScore(*score) for score in slow_scores(adapted.eval(), rows))["value"]
+    expected = perplexity(RowScore(*score) for score in slow_scores(adapted.eval(), rows)).result["value"]
     stored = json.loads((tmp_path / "output" / "results.json").read_text())["perplexity.0"]["value"]
     assert stored == pytest.approx(expected, rel=1e-6)
     assert not (tmp_path / "output" / "answers.jsonl").exists()

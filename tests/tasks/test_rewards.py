@@ -44,8 +44,12 @@ def pair(chosen: float, rejected: float, chosen_tokens: int = 5, rejected_tokens
     return ScoredText(chosen, chosen_tokens), ScoredText(rejected, rejected_tokens)
 
 
+def results(pairs: list[Pair]) -> dict[str, dict[str, Any]]:
+    return {name: found.result for name, found in reward_results(pairs).items()}
+
+
 def test_a_pair_with_equal_scores_is_not_right() -> None:
-    found = reward_results([pair(2.0, 1.0), pair(0.5, 0.5), pair(0.0, 3.0)])
+    found = results([pair(2.0, 1.0), pair(0.5, 0.5), pair(0.0, 3.0)])
     accuracy, margin, score = (found[f"reward_{name}"] for name in ("accuracy", "margin", "score"))
     assert accuracy == {"value": 1 / 3, "low": 0.0, "high": 1.0, "right": 1, "ties": 1, "rows": 3}
     assert margin == {"value": pytest.approx(-2 / 3), "low": -3.0, "high": 1.0, "rows": 3}
@@ -63,7 +67,7 @@ def test_a_score_that_is_no_number_is_an_error() -> None:
 def test_a_model_that_only_likes_long_answers_is_seen_by_length() -> None:
     lengths = [(4, 20), (20, 4), (10, 9), (9, 10), (30, 10), (5, 6)]
     pairs = [pair(chosen, rejected, chosen, rejected) for chosen, rejected in lengths]  # scores are lengths
-    found = {name: (result["value"], result["rows"]) for name, result in reward_results(pairs).items()}
+    found = {name: (result["value"], result["rows"]) for name, result in results(pairs).items()}
     assert set(found) == set(REWARD_METRICS)
     assert found["reward_accuracy"] == found["longer_is_better_accuracy"] == (0.5, 6)
     assert found["reward_accuracy_chosen_shorter"] == (0.0, 2)
@@ -72,7 +76,7 @@ def test_a_model_that_only_likes_long_answers_is_seen_by_length() -> None:
     margins = {name: found[f"reward_margin_{name}"][0] for name in LENGTHS}
     assert margins == {"chosen_shorter": -8.5, "similar_length": 0.0, "chosen_longer": 18.0}
     # answers of one length: the rule of the longer one says nothing, and the other kinds of pairs have no numbers
-    found = reward_results([pair(1.0, 0.0)])
+    found = results([pair(1.0, 0.0)])
     assert found["longer_is_better_accuracy"] == {"value": 0, "low": 0, "high": 0, "right": 0, "ties": 1, "rows": 1}
     assert [name for name in found if name.endswith(("shorter", "longer", "length"))] == [
         "reward_accuracy_similar_length",
@@ -81,16 +85,16 @@ def test_a_model_that_only_likes_long_answers_is_seen_by_length() -> None:
 
 
 def test_calibration_compares_the_share_right_with_what_the_scores_say() -> None:
-    found = calibration([2.0, 0.1, -0.1])
+    found = calibration([2.0, 0.1, -0.1]).result
     assert (found["value"], found["rows"]) == (pytest.approx(0.056387, abs=1e-6), 3)
     assert found["bins"] == [
         {"from": 0.5, "to": 0.55, "rows": 2, "right": 1, "predicted": pytest.approx(0.524979, abs=1e-6)},
         {"from": 0.85, "to": 0.9, "rows": 1, "right": 1, "predicted": pytest.approx(0.880797, abs=1e-6)},
     ]
-    far = calibration([1000.0, -1000.0])  # beyond the last border, and no overflow
+    far = calibration([1000.0, -1000.0]).result  # beyond the last border, and no overflow
     assert far["bins"] == [{"from": 0.95, "to": 1.0, "rows": 2, "right": 1, "predicted": 1.0}]
     # right as often as it says: sigma(ln 3) = 3/4
-    assert calibration([math.log(3)] * 3 + [-math.log(3)])["value"] == pytest.approx(0.0, abs=1e-12)
+    assert calibration([math.log(3)] * 3 + [-math.log(3)]).result["value"] == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 300])
@@ -99,7 +103,7 @@ def test_the_picture_is_a_png_of_sensible_size_and_draws_without_a_warning(count
     pairs = [pair(random.normal(0.4), 0.0, *random.integers(1, 40, 2).tolist()) for _ in range(count)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        png = draw_rewards(reward_results(pairs))
+        png = draw_rewards(results(pairs))
     assert size(png) == (990, 429)
     assert 10_000 < len(png) < 100_000
 
