@@ -22,12 +22,12 @@ from registry.data_registry import find_dataset
 from registry.data_sources import DataSource
 from registry.deepspeed import deepspeed_config, zero_stage
 from registry.errors import InputError, Problem, did_you_mean, shown
+from registry.evaluation_records import EvaluationSettings
 from registry.gates import condition
 from registry.optimizers import OPTIMIZERS
 from registry.recipe_paths import absolute_paths
 from registry.records import (
     DataSettings,
-    EvaluationSettings,
     InlineDataset,
     ModelSettings,
     Record,

@@ -209,22 +209,6 @@ class TrainSettings(MethodSettings, LossSettings, OnlineSettings, PpoSettings, G
         return fields
 
 
-class EvaluationSettings(Record):
-    """What is measured after training."""
-
-    perplexity: Datasets = ()
-    """Data sets whose answers are scored; nothing means the held-out rows of the stage."""
-    questions: tuple[str, ...] = ()
-    """Questions answered by the models before and after, greedily."""
-    max_new_tokens: Steps = 64
-    """Longest sample answer, in tokens."""
-    compare_with: Literal["base", "none"] = "base"
-    """Measure the base model as well; its result is shared by all pipelines."""
-    gate: tuple[str, ...] = ()
-    """Conditions that make the model of the last measured stage the champion of MLflow's registry, when all are met at
-    the end of a run: `perplexity.held_out - champion <= 0 at 95%`."""
-
-
 class RuntimeSettings(Record):
     """What may change without changing the result. Never part of a key."""
 

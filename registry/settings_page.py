@@ -11,9 +11,10 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from registry.combinations import NEEDS, REFUSALS, SET, UNSET
+from registry.evaluation_records import EvaluationSettings
 from registry.recipe import ALIASES
 from registry.record import Record
-from registry.records import DataSettings, EvaluationSettings, ModelSettings, RuntimeSettings, TrainSettings
+from registry.records import DataSettings, ModelSettings, RuntimeSettings, TrainSettings
 from registry.stages import METHODS, STAGES
 
 SECTIONS: tuple[tuple[str, type[Record]], ...] = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from registry.evaluation_records import EvaluationSettings
 from registry.recipe import StageSettings
-from registry.records import EvaluationSettings
 from registry.stages import STAGES
 from tasks.jsonlines import read_json_lines
 from tasks.launch import run_program

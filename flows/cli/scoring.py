@@ -26,10 +26,10 @@ from flows.cli.rewards import print_rewards
 from flows.graph import Pipeline, build
 from flows.view import View, make_view
 from registry.errors import InputError, Problem, did_you_mean
+from registry.evaluation_records import EvaluationSettings
 from registry.home import Home
 from registry.loading import load_recipe
 from registry.recipe import StageSettings
-from registry.records import EvaluationSettings
 from tasks.artifacts import Artifact, Store
 from tasks.digests import DigestMemory
 from tasks.evaluate_program import write_lines

@@ -12,10 +12,11 @@ import pytest
 from flows.graph import build
 from registry.deepspeed import FOLDER as DEEPSPEED
 from registry.errors import InputError
+from registry.evaluation_records import EvaluationSettings
 from registry.home import Home
 from registry.loading import load_recipe
 from registry.online_records import GroupSettings, OnlineSettings, PpoSettings
-from registry.records import DataSettings, EvaluationSettings, ModelSettings, RuntimeSettings, TrainSettings
+from registry.records import DataSettings, ModelSettings, RuntimeSettings, TrainSettings
 from tasks.artifacts import select
 from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from registry.errors import InputError
+from registry.evaluation_records import EvaluationSettings
 from registry.loading import load_recipe, override
 from registry.optimizers import OPTIMIZERS
 from registry.recipe import FIELDS, Recipe
 from registry.recipes import RECIPES
-from registry.records import EvaluationSettings, TrainSettings
+from registry.records import TrainSettings
 
 
 @pytest.fixture
