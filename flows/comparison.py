@@ -22,6 +22,8 @@ from tasks.jsonlines import read_json_lines
 from tasks.measurements import Number, numbers
 
 ABSENT = None
+Measurement = tuple[Artifact, list[str]]
+"""What measuring a model made, and the names of its data sets in their order; none: they have numbers."""
 NAMES_ONLY = ("sets",)  # of an identity: numbers that say nothing
 FIRST_MEASURED = "base"
 
@@ -36,11 +38,11 @@ class Side:
     recipe: str
     stage: str
     artifacts: dict[str, Artifact]
-    """Step, as in `sft/train`, → what it made: the measurement of the stage, and all that it hangs on."""
-    evaluations: list[tuple[Artifact, list[str]]]
-    """What measuring it made, the stage's own first, each with the names of its data sets in their order."""
-    before: Artifact | None
-    """What measuring the model that the stage started from made; None where it was not measured."""
+    """Step, as in `sft/train`, → what it made: the measurements of the stage, and all that they hang on."""
+    evaluations: list[Measurement]
+    """What measuring it made."""
+    befores: list[Measurement]
+    """What measuring the model that the stage started from made; nothing where it was not measured."""
 
     def model(self) -> Artifact:
         """Its weights: the merge, or the training itself where that makes all of them."""
@@ -64,6 +66,36 @@ def find_side(asked: str, home: Home) -> Side:
         InputError: no such run or stage, several runs, or one whose artifacts are gone.
     """
     wanted, _, stage = asked.partition(":")
+    values = find_run(asked, wanted, home)
+    measured: dict[str, dict[str, Any]] = values.get("measured", {})
+    befores = {each["before"] for each in measured.values()}
+    labels = [label for label in measured if label not in befores]
+    if (stage and stage not in labels) or not labels:
+        rule = f"stage {stage!r} was not measured" if stage else "nothing was measured in this run"
+        raise InputError(Problem(asked, rule, f"Measured: {', '.join(labels) or 'nothing'}."))
+    stage = stage or labels[-1]
+    artifacts = run_artifacts(asked, values, home)
+
+    def made(label: str | None) -> list[Measurement]:
+        steps = measured[label]["steps"].items() if label else ()
+        return [(artifacts[title], names) for title, names in steps]
+
+    own, before = made(stage), made(measured[stage]["before"])
+    behind = _behind([artifact for artifact, _ in own], artifacts)
+    return Side(asked, values["id"], values["recipe"], stage, behind, own, before)
+
+
+def find_run(asked: str, wanted: str, home: Home) -> dict[str, Any]:
+    """The record of a completed run.
+
+    Args:
+        asked: for the error.
+        wanted: the beginning of its id, or a recipe's name, whose newest completed run it is.
+        home: where runs are.
+
+    Raises:
+        InputError: no such run, or several.
+    """
     known = [record.values for record in records(home) if record.values["status"] == "completed"]
     found = [values for values in known if values["id"].startswith(wanted)]
     found = found or [values for values in known if values["recipe"] == wanted][:1]
@@ -71,29 +103,10 @@ def find_side(asked: str, home: Home) -> Side:
         rule = f"{len(found)} completed runs begin with {wanted!r}" if found else "no completed run has that name"
         names = list(dict.fromkeys(name for values in known for name in (values["recipe"], values["id"])))
         raise InputError(Problem(asked, rule, f"{did_you_mean(wanted, names)} See `llamatuner runs`.".strip()))
-    values = found[0]
-    measured = [step["stage"] for step in values["steps"] if step["step"] == "evaluate"]
-    measured = [name for name in measured if name != FIRST_MEASURED]
-    if (stage and stage not in measured) or not measured:
-        rule = f"stage {stage!r} was not measured" if stage else "nothing was measured in this run"
-        raise InputError(Problem(asked, rule, f"Measured: {', '.join(measured) or 'nothing'}."))
-    stage = stage or measured[-1]
-    artifacts, evaluations = _artifacts(asked, values, home), list[tuple[Artifact, list[str]]]()
-    for title, artifact in artifacts.items():
-        if title.partition(":")[0] == f"{stage}/evaluate":
-            other = title.partition(":")[2]  # of a later stage, on whose data sets this one was measured as well
-            names = values["results"].get(f"{stage}:{other}" if other else stage, {})
-            names = [name.partition(".")[2] for name in names if not name.startswith("train.")]
-            evaluations.append((artifact, list(dict.fromkeys(names))))
-    own = artifacts[f"{stage}/evaluate"]
-    evaluations.sort(key=lambda each: each[0] is not own)
-    # only of a stage that starts from another one, or beside others, there is a measurement under its name
-    named = (artifact for title, artifact in artifacts.items() if title.partition("/")[2] == f"evaluate:{stage}")
-    before = next(named, artifacts.get(f"{FIRST_MEASURED}/evaluate"))
-    return Side(asked, values["id"], values["recipe"], stage, _behind(own, artifacts), evaluations, before)
+    return found[0]
 
 
-def _artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Artifact]:
+def run_artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Artifact]:
     """Step → what it made, of a whole run."""
     store, artifacts = Store(home), dict[str, Artifact]()
     for step in values["steps"]:
@@ -105,10 +118,10 @@ def _artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Arti
     return artifacts
 
 
-def _behind(last: Artifact, artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
-    """The artifacts that one hangs on, and itself, in the order of the run."""
+def _behind(last: list[Artifact], artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The artifacts that some hang on, and themselves, in the order of the run."""
     by_key = {artifact.key: artifact for artifact in artifacts.values()}
-    wanted, keys = [last], {last.key}
+    wanted, keys = [*last], {artifact.key for artifact in last}
     while wanted:
         inputs = wanted.pop().manifest["inputs"].values()
         found = [by_key[each["key"]] for each in inputs if each.get("key") in by_key.keys() - keys]
@@ -186,7 +199,13 @@ def difference(number: Number, other: Number) -> dict[str, Any]:
 def answers(sides: Sequence[Side]) -> list[tuple[str, list[str | None]]]:
     """Question → the answer of every side that was asked it."""
     found = [
-        {row["question"]: row["answer"].strip() for row in read_answers(side.evaluations[0][0].path)} for side in sides
+        {
+            row["question"]: row["answer"].strip()
+            for artifact, _ in side.evaluations
+            if artifact.step == "evaluate"
+            for row in read_answers(artifact.path)
+        }
+        for side in sides
     ]
     questions = dict.fromkeys(question for each in found for question in each)
     return [(question, [each.get(question) for each in found]) for question in questions]

@@ -6,18 +6,15 @@ forbids anything else. Whatever comes from recipes, rows or models is escaped.
 
 from __future__ import annotations
 
-import io
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from flows.comparison import Measured, Side
+from tasks.number_picture import COLOURS, as_png, draw_numbers, new_figure
 
 FIRST_LINE = '<!doctype html><meta name="generator" content="llamatuner compare">'
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Of sides; seven that people with any eyes tell apart (Okabe and Ito 2008)."""
-MARKS = "osD^vPX"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 BRACKETS = "In brackets 95 % intervals, by drawing rows again; a difference is that to the first, of paired rows."
 STYLE = """
@@ -61,7 +58,7 @@ def comparison_page(
         "<h2>Numbers</h2>",
         _table(["metric", "rows", *badges], [_numbers(row) for row in numbers]),
         f"<p><small>{BRACKETS}</small></p>",
-        _picture(draw_numbers(numbers, len(sides)), "numbers with their intervals") if numbers else "",
+        _picture(_drawn(numbers, len(sides)), "numbers with their intervals") if numbers else "",
         "<h2>Training loss</h2>",
         _picture(draw_curves(sides), "training loss of every side"),
     ]
@@ -104,26 +101,15 @@ def _picture(png: bytes, words: str) -> str:
     return f'<img alt="{escape(words)}" src="data:image/png;base64,{b64encode(png).decode()}">'
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _drawn(numbers: Sequence[Measured], count: int) -> bytes:
+    return draw_numbers([(row.metric, row.results) for row in numbers], [letter(number) for number in range(count)])
 
 
 def draw_curves(sides: Sequence[Side]) -> bytes:
     """Loss of every side over its steps, as a PNG."""
     from tasks.train.curve import smooth
 
-    figure = _figure(8.0, 4.0)
+    figure = new_figure(8.0, 4.0)
     axes = figure.add_subplot()
     for number, side in enumerate(sides):
         lines = [line for line in side.curve() if "loss" in line]
@@ -135,26 +121,4 @@ def draw_curves(sides: Sequence[Side]) -> bytes:
     axes.set_ylabel("loss (thick: mean of a tenth of the run)")
     axes.grid(alpha=0.25)
     axes.legend()
-    return _png(figure)
-
-
-def draw_numbers(numbers: Sequence[Measured], count: int) -> bytes:
-    """Every number of every side with its interval, as a PNG; each metric has a scale of its own.
-
-    Args:
-        numbers: the metrics.
-        count: of sides.
-    """
-    figure = _figure(8.0, 0.5 + len(numbers) * (0.45 + 0.22 * count))
-    for axes, row in zip(figure.subplots(len(numbers), squeeze=False)[:, 0], numbers, strict=True):
-        for number, result in enumerate(row.results):
-            if result is None:
-                continue
-            low, high = (result.get(end, result["value"]) for end in ("low", "high"))
-            axes.plot([low, high], [-number, -number], color=COLOURS[number], linewidth=2.0)
-            axes.plot(result["value"], -number, MARKS[number], color=COLOURS[number])
-        axes.set_yticks([-n for n in range(count)], [letter(n) for n in range(count)])
-        axes.set_ylim(-count + 0.4, 0.6)
-        axes.grid(axis="x", alpha=0.25)
-        axes.set_title(f"{row.metric}, {row.rows:,} rows", fontsize=9, loc="left")
-    return _png(figure)
+    return as_png(figure)

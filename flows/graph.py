@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flows.measuring import HeldOut, Measured, held_out, known_metrics, measuring_steps
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import condition
 from registry.home import Home
-from registry.recipe import Recipe, StageSettings
+from registry.recipe import Recipe
+from registry.stage_settings import StageSettings
 from registry.stages import METHODS, STAGES
 from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
-from tasks.evaluation import REWARD_METRICS, evaluate_step
-from tasks.fetch import KEPT_BACK, ROWS, fetch_step
+from tasks.fetch import ROWS, fetch_step
 from tasks.model import base_input
 from tasks.nodes import nodes_of_environment
 from tasks.render import render_step
-from tasks.shards import shape_of, tokenize_step
+from tasks.shards import tokenize_step
 from tasks.steps import Input, LocalFolder, Step, require_folder, upstream
 from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
 from tasks.training import REWARD_ADAPTER, REWARD_MODEL, merge_step, train_step
@@ -39,11 +39,7 @@ class StageSteps:
     trained: Step
     model: Step
     """Makes the weights that come out: the merge, or the training itself where it makes all of them."""
-    held_out: dict[str, Step] = field(default_factory=dict)
-    """Data set name → its tokenize step."""
-    evaluated: Step | None = None
-    before: str | None = None
-    """Label, in `Pipeline.befores`, of the measurement of the model that the stage starts from."""
+    held_out: HeldOut
 
 
 @dataclass(frozen=True)
@@ -53,16 +49,18 @@ class Pipeline:
     recipe: Recipe
     steps: tuple[Step, ...]
     stages: dict[str, StageSteps]
-    befores: dict[str, Step] = field(default_factory=dict)
-    """What is measured to compare with: `base`, or `sft:dpo` for stage sft's model on stage dpo's data sets."""
+    measured: dict[str, Measured] = field(default_factory=dict)
+    """What is measured, what is compared with first: a stage's name, `base`, or `sft:dpo` for stage sft's model on
+    stage dpo's data sets."""
 
     def data_only(self) -> Pipeline:
         """The data steps alone."""
         return replace(self, steps=tuple(step for step in self.steps if step.kind in DATA_STEPS))
 
-    def evaluations(self) -> dict[str, Step]:
-        """Label or stage name → the step that measures; what is compared with comes first."""
-        return self.befores | {name: stage.evaluated for name, stage in self.stages.items() if stage.evaluated}
+    def befores(self) -> list[str]:
+        """Labels of what is measured to compare with."""
+        named = {each.before for each in self.measured.values()}
+        return [label for label in self.measured if label in named]
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,15 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
     Raises:
         InputError: a model or folder that does not exist.
     """
+    if recipe.evaluates is not None:
+        from flows.evaluating import build_evaluation  # which is made of what is here
+
+        measured = build_evaluation(recipe, home)
+        return build_strict(measured) if strict_versions else measured
     memory = DigestMemory(home.digests)
     stages: dict[str, StageSteps] = {}
-    befores: dict[str, Step] = {}
+    befores: dict[str, Measured] = {}
+    afters: dict[str, Measured] = {}
     from_base = sum(settings.model.model is None for settings in recipe.stages)
     for settings in map(settled, recipe.stages):
         start = _start(settings.model.model, settings, stages, recipe, home)
@@ -106,39 +110,48 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
             reference = Input(stages[named].model) if named in stages else _named_model(named, where, home)
         rewards = _rewards(settings, start, stages, home)
         steps = _stage(recipe, settings, start, reference, rewards, memory)
-        if steps.evaluated and recipe.evaluation.compare_with == "base" and STAGES[settings.train.stage].makes_text:
+        label = f"{recipe.name}-{settings.name}"
+        own = measuring_steps(settings.name, "", label, Input(steps.model), steps.held_out, recipe, settings)
+        before = None
+        if own and recipe.evaluation.compare_with == "base" and STAGES[settings.train.stage].makes_text:
             alone = start.stage == BASE and from_base == 1
-            label = BASE if alone else f"{start.stage}:{settings.name}"
-            name = "evaluate" if alone else f"evaluate:{settings.name}"
-            befores[label] = evaluate_step(
-                start.stage, name, start.name, start.model, steps.held_out, recipe.evaluation, settings
-            )
-            steps = replace(steps, before=label)
+            before, ending = (BASE, "") if alone else (f"{start.stage}:{settings.name}", f":{settings.name}")
+            rows = steps.held_out
+            found = measuring_steps(start.stage, ending, start.name, start.model, rows, recipe, settings)
+            befores[before] = Measured(found)
         stages[settings.name] = steps
-    _require_measured(recipe, stages)
-    ends = [*(stage.evaluated or stage.model for stage in stages.values()), *befores.values()]
-    pipeline = Pipeline(recipe, tuple(upstream(ends)), stages, befores)
+        if own:
+            afters[settings.name] = Measured(own, before)
+    pipeline = Pipeline(recipe, (), stages, befores | afters)
+    require_metrics(pipeline)
+    ends: list[Step] = []
+    for name, stage in stages.items():
+        ends += [stage.model, *(afters[name].steps if name in afters else ())]
+    ends += [step for each in befores.values() for step in each.steps]
+    pipeline = replace(pipeline, steps=tuple(upstream(ends)))
     return build_strict(pipeline) if strict_versions else pipeline
 
 
-def gated(stages: Mapping[str, StageSteps]) -> StageSteps | None:
-    """The stage whose model a gate decides on: the last one that is measured."""
-    return next((stage for stage in reversed([*stages.values()]) if stage.evaluated), None)
+def gated(pipeline: Pipeline) -> str | None:
+    """Label of the model that a gate decides on: the last one that is measured, and not to compare with only."""
+    return next((label for label in reversed(pipeline.measured) if label not in pipeline.befores()), None)
 
 
-def _require_measured(recipe: Recipe, stages: Mapping[str, StageSteps]) -> None:
-    """Refuse a gate on a metric that no evaluation makes, before anything is computed."""
-    conditions, stage = [condition(text) for text in recipe.evaluation.gate], gated(stages)
+def require_metrics(pipeline: Pipeline) -> None:
+    """Refuse a gate on a metric that no evaluation makes, before anything is computed.
+
+    Raises:
+        InputError: nothing is measured, or not that.
+    """
+    conditions, name = [condition(text) for text in pipeline.recipe.evaluation.gate], gated(pipeline)
     if not conditions:
         return
-    if stage is None or stage.evaluated is None:
+    if name is None:
         rule = "nothing is measured on held-out rows"
         raise InputError(Problem("evaluation.gate", rule, "Set val_size, eval_dataset or evaluation.perplexity."))
-    metrics = REWARD_METRICS if stage.evaluated.identity["measure"] == "reward" else ("perplexity",)
-    known = [f"{metric}.{name}" for name in stage.held_out for metric in metrics]
-    unknown = [each for each in conditions if each.metric not in known]
-    if unknown:
-        name = stage.settings.name
+    known = known_metrics(pipeline.measured[name].steps)
+    unknown = [each for each in conditions if known is not None and each.metric not in known]
+    if known is not None and unknown:
         raise InputError(
             [
                 Problem("evaluation.gate", f"{e.text!r}: stage {name} has no {e.metric}", did_you_mean(e.metric, known))
@@ -209,13 +222,15 @@ def build_strict(pipeline: Pipeline) -> Pipeline:
             tokenized=made[id(stage.tokenized)],
             trained=made[id(stage.trained)],
             model=made[id(stage.model)],
-            held_out={key: made[id(step)] for key, step in stage.held_out.items()},
-            evaluated=made[id(stage.evaluated)] if stage.evaluated else None,
+            held_out=stage.held_out.mapped(made),
         )
         for name, stage in pipeline.stages.items()
     }
-    befores = {label: made[id(step)] for label, step in pipeline.befores.items()}
-    return Pipeline(pipeline.recipe, tuple(made.values()), stages, befores)
+    measured = {
+        label: replace(each, steps=tuple(made[id(step)] for step in each.steps))
+        for label, each in pipeline.measured.items()
+    }
+    return Pipeline(pipeline.recipe, tuple(made.values()), stages, measured)
 
 
 def _rewards(settings: StageSettings, start: Start, stages: dict[str, StageSteps], home: Home) -> dict[str, Input]:
@@ -258,20 +273,18 @@ def _stage(
     fetched = fetch_step(stage, "fetch", settings.sources, data, runtime, kind.shape, train.seed, memory, split=True)
     rendered = render_step(stage, "render", fetched, ROWS, base, data, settings.template)
     tokenized = tokenize_step(stage, "tokenize", rendered, base, data, data.packing, _mixture(settings))
-    held_out = _held_out(settings, fetched, base, memory)
-    watched = {name: step for name, step in held_out.items() if train.eval_steps and shape_of(step) == kind.shape}
-    if train.eval_steps and not watched:
+    rows = held_out(settings, fetched, base, memory)
+    if train.eval_steps and not rows.watched:
         rule = f"eval_steps measures held-out rows of the stage's own kind ({kind.shape}), and there are none"
         raise InputError(Problem(f"stages.{stage}.eval_steps", rule, "Set val_size or eval_dataset."))
     adapter = None if train.create_new_adapter else _adapter(settings)  # a new one: the given one is in the base
     checkpoint = _checkpoint(settings)
-    trained = train_step(label, start.name, base, tokenized, settings, reference, adapter, watched, checkpoint, rewards)
+    trained = train_step(
+        label, start.name, base, tokenized, settings, reference, adapter, rows.watched, checkpoint, rewards
+    )
     adapts = METHODS[train.finetuning_type].makes == "adapter"
     model = merge_step(stage, label, base, Input(trained)) if adapts else trained
-    evaluated = None
-    if held_out or (recipe.evaluation.questions and kind.makes_text):
-        evaluated = evaluate_step(stage, "evaluate", label, Input(model), held_out, recipe.evaluation, settings)
-    return StageSteps(settings, rendered, tokenized, trained, model, held_out, evaluated)
+    return StageSteps(settings, rendered, tokenized, trained, model, rows)
 
 
 def _mixture(settings: StageSettings) -> dict[str, Any] | None:
@@ -283,29 +296,6 @@ def _mixture(settings: StageSettings) -> dict[str, Any] | None:
     shares = list(data.interleave_probs) or [source.weight for source in sources]
     mixture = {"strategy": data.mix_strategy, "repeats": repeats, "probabilities": shares}
     return mixture | {"seed": settings.train.seed}
-
-
-def _held_out(settings: StageSettings, fetched: Step, base: Input, memory: DigestMemory) -> dict[str, Step]:
-    """Held-out data sets, each by its own name, and the rows kept back by `val_size` as `validation`."""
-    stage, data, train, runtime = settings.name, settings.data, settings.train, settings.runtime
-    kind = STAGES[train.stage]
-    parts: dict[str, tuple[Step, str]] = {}
-    if data.val_size:
-        parts["validation"] = (fetched, KEPT_BACK)
-    # of prompts there is nothing to measure: the answers that their data sets have are
-    wanted = [(source, "chat" if kind.shape == "prompt" else kind.shape) for source in settings.eval_sources]
-    if kind.makes_text:  # of what is compared, the likelihood of the good answers is measured
-        general = "text" if kind.shape == "text" else "chat"
-        wanted += [(source, general) for source in settings.perplexity_sources]
-    for source, shape in wanted:
-        name = f"fetch:{source.name}"
-        step = fetch_step(stage, name, (source,), data, runtime, shape, train.seed, memory, split=False)
-        parts[source.name] = (step, ROWS)
-    held_out = {}
-    for name, (step, part) in parts.items():
-        rendered = render_step(stage, f"render:{name}", step, part, base, data, settings.template)
-        held_out[name] = tokenize_step(stage, f"tokenize:{name}", rendered, base, data, packing=False)
-    return held_out
 
 
 def _checkpoint(settings: StageSettings) -> Input | None:

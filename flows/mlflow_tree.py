@@ -7,9 +7,11 @@ import re
 from typing import Any
 
 from flows.graph import Pipeline, StageSteps
+from flows.measuring import Measured
 from tasks.evaluation import reward_pictures
 from tasks.jsonlines import read_json_lines
-from tasks.measurements import read_results
+from tasks.measurements import KINDS, read_results
+from tasks.number_picture import draw_results
 from tasks.statistics import STATISTICS, statistics_picture
 from tasks.steps import Outcome, Step
 from tasks.tracking import RUN_TAG, Tracker
@@ -67,11 +69,11 @@ class MlflowTree:
         self._outcomes[step.title] = outcome
         stage = self._pipeline.stages.get(step.stage)
         run_id = self.stage_runs.get(step.stage)
-        if step.kind == "evaluate":
-            return self._evaluated(step, outcome)
+        if step.kind in KINDS:
+            return self._measured(step, outcome)
         if stage is None:
             return {}
-        if step is stage.tokenized or step in stage.held_out.values():
+        if step is stage.tokenized or step in stage.held_out.sets.values():
             self._data(stage, step, outcome)
         if step is stage.trained:
             self._trained(run_id, outcome)
@@ -82,7 +84,7 @@ class MlflowTree:
     def _data(self, stage: StageSteps, step: Step, outcome: Outcome) -> None:
         held_out = step is not stage.tokenized
         context = "evaluation" if held_out else "training"
-        names = {v.title: k for k, v in stage.held_out.items()}
+        names = {v.title: k for k, v in stage.held_out.sets.items()}
         name = names[step.title] if held_out else ", ".join(s.name for s in stage.settings.sources)
         source = json.dumps({"files": step.runtime["files"], "artifact": f"tokenize/{outcome.artifact.path.name}"})
         run_id, artifact = self.stage_runs[step.stage], outcome.artifact
@@ -120,11 +122,12 @@ class MlflowTree:
         self._tracker.file(run_id, outcome.artifact.path / "manifest.json", "model")
         self._tracker.tags(run_id, {"llamatuner.model": registered} if registered else {})
 
-    def _evaluated(self, step: Step, outcome: Outcome) -> dict[str, Any]:
-        label = next(label for label, other in self._pipeline.evaluations().items() if other is step)
-        measured = None if label in self._pipeline.befores else self.stage_runs[label]
-        parent = measured or self._tracker.run_id
-        run_id = self._tracker.open(f"{label} evaluation", parent, self._tags)
+    def _measured(self, step: Step, outcome: Outcome) -> dict[str, Any]:
+        """A run for every measurement, below that of its stage, which has the numbers as well."""
+        label = next(label for label, each in self._pipeline.measured.items() if step in each.steps)
+        measured = self.stage_runs.get(label)
+        name = f"{label} evaluation" if step.kind == "evaluate" else f"{label} {step.name}"
+        run_id = self._tracker.open(name, measured or self._tracker.run_id, self._tags)
         results = read_results(outcome.artifact.path, step.runtime["set_names"])
         values = {name: result["value"] for name, result in results.items()}
         ends = {f"{name}.{end}": result[end] for name, result in results.items() for end in ("low", "high")}
@@ -133,7 +136,7 @@ class MlflowTree:
             self._tracker.results(measured, values)
         if outcome.state == "cached":
             self._link(run_id, outcome)
-        for file in ("results.json", "answers.jsonl", "manifest.json"):
+        for file in ("results.json", "answers.jsonl", "samples.jsonl", "manifest.json"):
             self._tracker.file(run_id, outcome.artifact.path / file)
         pictures = reward_pictures(outcome.artifact.path, step.runtime["set_names"])
         for number, (name, path) in enumerate(pictures.items()):
@@ -150,8 +153,12 @@ class MlflowTree:
             f"{stage}/{name}": found["value"] for stage, values in results.items() for name, found in values.items()
         }
         self._tracker.results(self._tracker.run_id, flat)
+        picture = draw_results(results)
+        if picture is not None:
+            self._tracker.content(self._tracker.run_id, lambda: picture, "results.png")
         for name, stage in self._pipeline.stages.items():
-            if (stage.evaluated or stage.model).title in self._outcomes:
+            measured = self._pipeline.measured.get(name, Measured(())).steps
+            if all(step.title in self._outcomes for step in (stage.model, *measured)):
                 self._tracker.close(self.stage_runs.get(name), "FINISHED")
         self._tracker.close_all(status)
 

@@ -22,6 +22,8 @@ from flows.session import Session
 from flows.view import details, duration, numbers
 from tasks.artifacts import Artifact
 from tasks.evaluation import reward_pictures
+from tasks.measurements import KINDS
+from tasks.number_picture import draw_results
 from tasks.preview import marked, read_rendered
 from tasks.statistics import statistics_picture
 from tasks.steps import Step
@@ -80,7 +82,7 @@ def step_page(step: Step, artifact: Artifact) -> None:
             _image(curve.read_bytes(), f"{step.stage}-{name}", title)
     if step.kind == "tokenize":
         _image(statistics_picture(step, artifact), f"{step.title}-statistics", f"{step.title}: lengths of rows")
-    pictures = reward_pictures(artifact.path, step.runtime["set_names"]) if step.kind == "evaluate" else {}
+    pictures = reward_pictures(artifact.path, step.runtime["set_names"]) if step.kind in KINDS else {}
     for number, (name, path) in enumerate(pictures.items()):
         _image(path.read_bytes(), f"{step.title}-rewards-{number}", f"{step.title}: pairs of {name} told apart")
 
@@ -124,3 +126,6 @@ def results_page(session: Session) -> None:
         lines += ["", f"Gate: {'passed' if session.gate['passed'] else 'failed'}", "", *marks]
     lines += ["", f"MLflow run `{session.tracker.run_id}`, run record `{session.record.values['id']}`."]
     create_markdown_artifact("\n".join(lines), key="results", description="Results of this run")
+    picture = draw_results(results)
+    if picture is not None:
+        _image(picture, "numbers", "Numbers with their 95 % intervals")

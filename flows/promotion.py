@@ -14,19 +14,17 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from flows.comparison import Side, difference
+from flows.comparison import Measurement, Side, difference
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import BASE, CHAMPION, Condition
 from registry.home import Home
-from tasks.artifacts import Artifact, Store
+from tasks.artifacts import Store
 from tasks.locks import locked
-from tasks.measurements import KINDS, Number, numbers
+from tasks.measurements import DRAWN, KINDS, Number, numbers
 from tasks.tracking import mlflow_client
 
 ALIAS = "champion"
-Measurement = tuple[Artifact, list[str]]
-"""What measuring a model made, and the names of its data sets in their order; none: they have numbers."""
 DIGEST_TAG, HISTORY_TAG, GATE_TAG = "llamatuner.digest", "llamatuner.champions", "llamatuner.gate"
 
 
@@ -103,7 +101,7 @@ def check_gate(side: Side, conditions: Sequence[Condition], champion: str | None
             ]
         )
     others: dict[str, list[Measurement]] = {
-        BASE: [(side.before, [])] if side.before else [],
+        BASE: side.befores,
         CHAMPION: _measured(champion, home) if champion else [],
     }
     found = []
@@ -142,7 +140,9 @@ def _measured(digest: str, home: Home) -> list[Measurement]:
     return [
         (artifact, [])
         for artifact in Store(home).all()
-        if artifact.step in KINDS and artifact.manifest["inputs"]["model"]["digest"] == digest
+        if artifact.step in KINDS
+        and DRAWN in artifact.files
+        and artifact.manifest["inputs"]["model"]["digest"] == digest
     ]
 
 

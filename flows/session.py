@@ -53,6 +53,7 @@ class Session:
         self.tracker = Tracker(home, view.say)
         self.tree = MlflowTree(pipeline, self.tracker)
         self.record = RunRecord.start(home, pipeline.recipe.name)
+        self._write(self.record.update, measured=_measured_json(pipeline))
         self._lock = threading.Lock()
         self._light = threading.Semaphore(CONCURRENT_STEPS)
         self.gate: dict[str, Any] | None = None
@@ -169,14 +170,14 @@ class Session:
     def _decide(self) -> None:
         """Decide on the model, where the recipe has a gate; whatever comes of it, the run is done."""
         conditions = [condition(text) for text in self.pipeline.recipe.evaluation.gate]
-        stage = gated(self.pipeline.stages)
-        if not conditions or stage is None or stage.evaluated is None or stage.evaluated.title not in self.outcomes:
+        label = gated(self.pipeline)
+        if not conditions or label is None:
             return
         from flows.comparison import find_side
         from flows.promotion import promote
 
         try:
-            side = find_side(f"{self.record.values['id']}:{stage.settings.name}", self.home)
+            side = find_side(f"{self.record.values['id']}:{label}", self.home)
             self.gate = promote(side, conditions, self.home)
             self._write(self.record.update, gate=self.gate)
         except Exception as error:  # noqa: BLE001 - the registry may be another machine's, and the run is done
@@ -188,6 +189,14 @@ class Session:
             change(**fields)
         except OSError as error:
             self.view.say(f"the run record could not be written: {error}")
+
+
+def _measured_json(pipeline: Pipeline) -> dict[str, Any]:
+    """Who is measured, by which steps, on which data sets, and what the numbers are compared with."""
+    return {
+        label: {"before": each.before, "steps": {step.title: step.runtime["set_names"] for step in each.steps}}
+        for label, each in pipeline.measured.items()
+    }
 
 
 def _told(error: BaseException) -> str:
@@ -219,10 +228,11 @@ is."""
 def results_of(pipeline: Pipeline, artifacts: dict[str, Any]) -> Results:
     """What finished artifacts, by step title, came to."""
     results: Results = {}
-    for stage, step in pipeline.evaluations().items():
-        if step.title in artifacts:
-            found = read_results(artifacts[step.title].path, step.runtime["set_names"])
-            results.setdefault(stage, {}).update(found)
+    for label, each in pipeline.measured.items():
+        for step in each.steps:
+            if step.title in artifacts:
+                found = read_results(artifacts[step.title].path, step.runtime["set_names"])
+                results.setdefault(label, {}).update(found)
     for name, stage_steps in pipeline.stages.items():
         artifact = artifacts.get(stage_steps.trained.title)
         if artifact:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -77,8 +77,9 @@ class EvaluationSettings(GenerationSettings):
     """Data sets of conversations whose last answers are written anew, and compared with those that the data set has."""
     questions: tuple[str, ...] = ()
     """Questions answered by the models before and after."""
-    compare_with: Literal["base", "none"] = "base"
-    """Measure the base model as well; its result is shared by all pipelines."""
+    compare_with: Text = "base"
+    """Measure the base model as well, whose result is shared by all pipelines; or `none`. Where nothing is trained, any
+    other model."""
     gate: tuple[str, ...] = ()
     """Conditions that make the model of the last measured stage the champion of MLflow's registry, when all are met at
     the end of a run: `perplexity.held_out - champion <= 0 at 95%`."""

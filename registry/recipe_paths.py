@@ -13,8 +13,8 @@ from registry.data_files import kind_of
 from registry.errors import InputError
 
 PATHS = {
-    **dict.fromkeys(("dataset_dir", "adapter_name_or_path", "resume_from_checkpoint"), True),
-    **dict.fromkeys(("model_name_or_path", "ref_model", "reward_model"), False),
+    **dict.fromkeys(("dataset_dir", "adapter_name_or_path", "resume_from_checkpoint", "data_dir"), True),
+    **dict.fromkeys(("model_name_or_path", "ref_model", "reward_model", "evaluate", "compare_with"), False),
 }
 """Settings that are paths: always, or only when such a folder exists."""
 
@@ -53,7 +53,8 @@ class _Mender:
         for key, ending in (("template", ".jinja"), ("deepspeed", ".json")):
             if str(changed.get(key, "")).endswith(ending):
                 changed[key] = self._absolute(changed[key], True)
-        lists = dict.fromkeys(("dataset", "eval_dataset", "perplexity"), self._dataset) | {"reward_funcs": self._code}
+        lists = dict.fromkeys(("dataset", "eval_dataset", "perplexity", "generate"), self._dataset)
+        lists |= {"reward_funcs": self._code, "benchmarks": self._task}
         for key, mended in lists.items():
             value = changed.get(key)
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -84,6 +85,11 @@ class _Mender:
         if at and kind_of(head) and not kind_of(wanted):
             return f"{self._absolute(head, self.file_here)}@{split}"
         return self._absolute(wanted, self.file_here and kind_of(wanted) is not None)
+
+    def _task(self, wanted: Any) -> Any:
+        if isinstance(wanted, dict):
+            return wanted | {"task": self._task(wanted["task"])} if "task" in wanted else wanted
+        return self._absolute(wanted, True) if str(wanted).endswith((".yaml", ".yml")) else wanted
 
     def _code(self, wanted: Any) -> Any:
         place, colon, function = wanted.rpartition(":") if isinstance(wanted, str) else ("", "", "")

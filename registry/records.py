@@ -97,9 +97,9 @@ Datasets = Annotated[tuple[DatasetName, ...], BeforeValidator(list_of_one)]
 class DataSettings(Record):
     """The rows a stage sees and how they become tokens."""
 
-    dataset: Annotated[Datasets, Field(min_length=1)]
+    dataset: Annotated[Datasets, Field(min_length=1)] = ()
     """Data sets to train on: names, files, folders, URLs, hub ids (`owner/name:subset@train[:10%]`) or mappings; a
-    list or `a,b`."""
+    list or `a,b`. A stage cannot do without."""
     eval_dataset: Datasets = ()
     """Held-out data sets, in the same forms; each is reported by its own name."""
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"

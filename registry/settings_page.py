@@ -12,9 +12,9 @@ from pydantic_core import PydanticUndefined
 
 from registry.combinations import NEEDS, REFUSALS, SET, UNSET
 from registry.evaluation_records import EvaluationSettings
-from registry.recipe import ALIASES
 from registry.record import Record
 from registry.records import DataSettings, ModelSettings, RuntimeSettings, TrainSettings
+from registry.stage_settings import ALIASES
 from registry.stages import METHODS, STAGES
 
 SECTIONS: tuple[tuple[str, type[Record]], ...] = (

@@ -12,6 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON itself escapes the others
 def work(spec: Spec, events: Events) -> None:
     """Load, score, answer, write.
 
-    Writes what `tasks.measurements` says (`perplexity.<set>`; of a reward model what `tasks.rewards` gives),
-    `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per row or pair), `answers.jsonl` (one line per question),
+    Writes what `tasks.measurements` says (`perplexity.<set>`, `bits_per_byte.<set>`; of a reward model what
+    `tasks.rewards` gives),
+    `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per text or pair), `answers.jsonl` (one line per question),
     `report/rewards.<set>.png` where there are pairs and `report/timings.json` (seconds).
 
     Raises:
@@ -62,12 +64,13 @@ def work(spec: Spec, events: Events) -> None:
     lap("load")
     results: dict[str, Measure] = {}
     for name, shape in zip(settings["sets"], settings["shapes"], strict=True):
-        shards = Shards(Path(spec.inputs[f"set.{name}"]), shape)
+        window = (settings["window"], settings["stride"]) if shape == "text" else None
+        shards = Shards(Path(spec.inputs[f"set.{name}"]), shape, window)
         report = _reporter(
             events, "rows", spec.runtime.get("set_names", settings["sets"])[settings["sets"].index(name)]
         )
         measure = _rewards if settings["measure"] == "reward" else _perplexity
-        found = measure(model, shards, spec.runtime["per_device_eval_batch_size"], report, output, name)
+        found = measure(spec, model, shards, report, name)
         results |= {f"{metric}.{name}": result for metric, result in found.items()}
         lap(f"set.{name}")
     write_results(output, results)
@@ -79,26 +82,29 @@ def work(spec: Spec, events: Events) -> None:
     (output / "report" / "timings.json").write_text(json.dumps(timings, indent=1), encoding="utf-8")
 
 
-def _perplexity(
-    model: Any, shards: Shards, batch_size: int, report: Report, output: Path, name: str
-) -> dict[str, Measure]:
+def _perplexity(spec: Spec, model: Any, shards: Shards, report: Report, name: str) -> dict[str, Measure]:
     """Metric → number of a language model on one data set."""
-    from tasks.scoring import perplexity, score_rows
+    from tasks.scoring import bits_per_byte, perplexity, score_rows
+    from tasks.tokens import text_bytes_of_ids
 
-    scores = score_rows(model, shards, batch_size, report)
-    rows = ({"row": row, "nll": score.nll, "tokens": score.tokens} for row, score in scores.items())
-    write_lines(output / f"nll.{name}.jsonl", rows)
-    return {"perplexity": perplexity(scores.values())}
+    sizes = text_bytes_of_ids(tokenizer_folder(spec))
+    scores = score_rows(model, shards, spec.runtime["per_device_eval_batch_size"], report, sizes)
+    rows = ({**dict(zip(("row", "start"), shards.place(text), strict=True)), **asdict(s)} for text, s in scores.items())
+    write_lines(Path(spec.output) / f"nll.{name}.jsonl", rows)
+    counted = shards.rows if shards.shape == "text" else len(scores)
+    found = {"perplexity": perplexity(scores.values(), counted)}
+    if any(score.bytes for score in scores.values()):
+        found["bits_per_byte"] = bits_per_byte([*scores.values()], counted)
+    return found
 
 
-def _rewards(
-    model: Any, shards: Shards, batch_size: int, report: Report, output: Path, name: str
-) -> dict[str, Measure]:
+def _rewards(spec: Spec, model: Any, shards: Shards, report: Report, name: str) -> dict[str, Measure]:
     """Metric → number of a reward model on one data set: of pairs, or of answers that nothing is compared with."""
     from tasks.reward_picture import draw_rewards
     from tasks.rewards import paired, reward_results, score_results, score_texts
 
-    texts = score_texts(model, shards, batch_size, report)
+    output = Path(spec.output)
+    texts = score_texts(model, shards, spec.runtime["per_device_eval_batch_size"], report)
     if shards.shape != "preference":
         write_lines(output / f"rewards.{name}.jsonl", ({"row": row, **t._asdict()} for row, t in enumerate(texts)))
         return score_results(texts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.evaluation_records import EvaluationSettings
-from registry.recipe import StageSettings
+from registry.stage_settings import StageSettings
 from registry.stages import STAGES
 from tasks.jsonlines import read_json_lines
 from tasks.launch import run_program
@@ -20,10 +20,11 @@ from tasks.training import BASE_FILES, SHARD_FILES, keep_log
 
 # of each measure, so that what is not changed is not measured again
 VERSIONS = {
-    "perplexity": 3,  # drawn values are kept
+    "perplexity": 3,  # texts whole, in windows; bits per byte; drawn values are kept
     "reward": 4,  # drawn values are kept
 }
 
+LIKELIHOOD_METRICS = ("perplexity", "bits_per_byte")
 LENGTH_ENDINGS = ("", "_chosen_shorter", "_similar_length", "_chosen_longer")
 REWARD_METRICS = (
     *(f"{metric}{ending}" for metric in ("reward_accuracy", "reward_margin") for ending in LENGTH_ENDINGS),
@@ -54,6 +55,9 @@ def evaluate_step(
     inputs = {f"set.{index}": Input(step, SHARD_FILES) for index, step in enumerate(sets.values())}
     kind = STAGES[settings.train.stage]
     measure = "perplexity" if kind.makes_text else "reward"
+    shapes = [shape_of(step) for step in sets.values()]
+    longest = settings.data.cutoff_len
+    windows = {"window": longest, "stride": evaluation.stride or longest - 1} if "text" in shapes else {}
     questions = evaluation.questions if kind.makes_text else ()
     data = settings.data
     answers = {
@@ -69,7 +73,8 @@ def evaluate_step(
         label=label,
         identity={
             "questions": list(questions),
-            "shapes": [shape_of(step) for step in sets.values()],
+            "shapes": shapes,
+            **windows,
             "measure": measure,
             "bf16": settings.train.bf16,
             "sets": [str(index) for index in range(len(sets))],
@@ -80,6 +85,7 @@ def evaluate_step(
         runtime={
             "per_device_eval_batch_size": settings.runtime.per_device_eval_batch_size,
             "set_names": list(sets),
+            "metrics": REWARD_METRICS if measure == "reward" else LIKELIHOOD_METRICS,
         },
         heavy=True,
     )

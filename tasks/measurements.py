@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from registry.errors import InputError, Problem
 from tasks.artifacts import Artifact
 from tasks.intervals import Array, drawn_ratios, limits
 
@@ -83,7 +84,13 @@ def numbers(artifact: Artifact, set_names: Sequence[str] = ()) -> Iterator[Numbe
     Args:
         artifact: made by a step of one of `KINDS`.
         set_names: present names of its data sets, in their order; none: their positions.
+
+    Raises:
+        InputError: an artifact of an earlier version.
     """
+    if not (artifact.path / DRAWN).is_file():
+        rule = "was measured by an earlier version, which kept less"
+        raise InputError(Problem(f"{artifact.step}/{artifact.path.name}", rule, "Run its recipe again."))
     with numpy.load(artifact.path / DRAWN, allow_pickle=False) as drawn:
         for name, result in _stored(artifact.path).items():
             metric, _, position = name.rpartition(".")

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
+from numpy.typing import NDArray
 
-from tasks.intervals import drawn_ratios
+from tasks.intervals import Array, drawn_ratios
 from tasks.measurements import Measure, measure
 from tasks.program import ProgramError
 from tasks.sequences import IGNORED, TokenizedSequences
@@ -37,13 +38,16 @@ class RowScore:
     """Sum of negative log-likelihoods over its scored tokens, in nats."""
     tokens: int
     """Its scored tokens; 0 when no label is left after the shift by one."""
+    bytes: int = 0
+    """UTF-8 bytes of the text of its scored tokens; 0 where nobody wants to know."""
 
 
-def perplexity(rows: Iterable[RowScore]) -> Measure:
+def perplexity(rows: Iterable[RowScore], count: int | None = None) -> Measure:
     """The perplexity of many rows: exp(sum of NLL / sum of scored tokens).
 
     Args:
-        rows: of one data set, in any order and split.
+        rows: of one data set, in any order and split; they are what is drawn for the interval.
+        count: rows of the data set, where one is scored in several parts.
 
     Returns:
         With `nll` (sum, nats) and `tokens` beside `value`, `low`, `high` and `rows`.
@@ -56,6 +60,7 @@ def perplexity(rows: Iterable[RowScore]) -> Measure:
     """
     scores = list(rows)
     nll, tokens = math.fsum(row.nll for row in scores), sum(row.tokens for row in scores)
+    count = len(scores) if count is None else count
     if tokens == 0:
         raise ProgramError(
             "bad_setting", f"none of {len(scores)} rows has a scored token; perplexity needs answers to score."
@@ -64,9 +69,51 @@ def perplexity(rows: Iterable[RowScore]) -> Measure:
         raise ProgramError(
             "not_finite", f"the negative log-likelihood of {tokens} tokens sums to {nll}: the model is broken."
         )
-    tops, bottoms = (numpy.array([getattr(row, name) for row in scores], numpy.float64) for name in ("nll", "tokens"))
-    drawn = numpy.exp(drawn_ratios(tops, bottoms))
-    return measure(math.exp(nll / tokens), drawn, len(scores), nll=nll, tokens=tokens)
+    drawn = numpy.exp(drawn_ratios(_values(scores, "nll"), _values(scores, "tokens")))
+    return measure(math.exp(nll / tokens), drawn, count, nll=nll, tokens=tokens)
+
+
+def bits_per_byte(rows: Sequence[RowScore], count: int) -> Measure:
+    """Bits that the model needs for a byte of the scored text: comparable across tokenizers, as perplexity is not.
+
+    Control tokens are scored, and have no text. NLL of ln 2 over 4 bytes and 2 ln 2 over 2 bytes give 3 / 6 = 0.5.
+
+    Args:
+        rows: of one data set, with `bytes`, some of them above 0.
+        count: rows of the data set.
+    """
+    size = sum(row.bytes for row in rows)
+    bits = _values(rows, "nll") / math.log(2)
+    drawn = drawn_ratios(bits, _values(rows, "bytes"))
+    return measure(math.fsum(bits) / size, drawn, count, bytes=size)
+
+
+def _values(rows: Sequence[RowScore], name: str) -> Array:
+    return numpy.array([getattr(row, name) for row in rows], numpy.float64)
+
+
+def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """The windows in which a text is scored: every token but the first one once, with what stands before it.
+
+    >>> list(windows(10, 4, 2))
+    [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
+    >>> list(windows(10, 4, 3))
+    [(0, 4, 1), (3, 7, 4), (6, 10, 7)]
+
+    Args:
+        length: tokens of the text.
+        size: most tokens of a window.
+        stride: most tokens that a window but the first one scores; less than `size`.
+
+    Yields:
+        Where a window begins and ends, and the first token that it scores.
+    """
+    begin, end, scored = 0, min(size, length), 1
+    yield begin, end, scored
+    while end < length:
+        begin, scored = begin + stride, end
+        end = min(begin + size, length)
+        yield begin, end, scored
 
 
 class Shards:
@@ -75,20 +122,27 @@ class Shards:
     Args:
         folder: the artifact, see `tasks.sequences`.
         shape: of its rows; a pair is two texts, one behind the other.
+        window: most tokens, and of those most that are scored, see `windows`; None: texts are scored whole.
 
     Raises:
         ProgramError: `bad_setting` when the rows are packed: their tokens would see each other.
     """
 
-    def __init__(self, folder: Path, shape: str = "chat") -> None:
+    def __init__(self, folder: Path, shape: str = "chat", window: tuple[int, int] | None = None) -> None:
         sequences = TokenizedSequences(folder)
         together = int((sequences.offsets[1:] - sequences.offsets[:-1]).max(initial=1))
         if together > (2 if shape == "preference" else 1):
             raise ProgramError("bad_setting", f"{folder} holds packed rows; evaluation needs them apart.")
         self._sequences = sequences
-        self._pieces = list(zip(sequences.members, sequences.starts, sequences.sizes, strict=True))
-        self.shape = shape
-        self.lengths: list[int] = sequences.sizes.tolist()
+        self._pieces: list[tuple[int, int, int]] = []
+        self._known: list[int] = []
+        """Tokens at the beginning of each piece that an earlier one scores."""
+        for row, start, size in zip(sequences.members, sequences.starts, sequences.sizes, strict=True):
+            for begin, end, scored in windows(int(size), *window) if window else [(0, int(size), 0)]:
+                self._pieces.append((int(row), int(start) + begin, end - begin))
+                self._known.append(scored - begin if begin else 0)
+        self.shape, self.rows = shape, len(sequences.members) // (2 if shape == "preference" else 1)
+        self.lengths: list[int] = [size for _, _, size in self._pieces]
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -103,12 +157,25 @@ class Shards:
 
     def take(self, indices: Sequence[int]) -> list[tuple[list[int], list[int]]]:
         """Ids and labels of texts, in the order of `indices`."""
-        pieces = (self._sequences.rows.piece(*map(int, self._pieces[index])) for index in indices)
-        return [(ids.tolist(), labels.tolist()) for ids, labels in pieces]
+        found = []
+        for index in indices:
+            ids, labels = self._sequences.rows.piece(*self._pieces[index])
+            known = self._known[index]
+            found.append((ids.tolist(), [IGNORED] * known + labels[known:].tolist()))
+        return found
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The row, counted over all shards, that a text is of, and its first token there."""
+        row, start, _ = self._pieces[index]
+        return row, start
 
 
 def score_rows(
-    model: Any, shards: Shards, batch_size: int, on_batch: Callable[[int, int], None] = lambda done, total: None
+    model: Any,
+    shards: Shards,
+    batch_size: int,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    sizes: NDArray[numpy.int64] | None = None,
 ) -> dict[int, RowScore]:
     """Score every text of a data set whose likelihood counts.
 
@@ -121,6 +188,7 @@ def score_rows(
         shards: the rows.
         batch_size: most rows per forward pass; fewer where the logits would need too much memory.
         on_batch: told rows done and rows in all after each batch.
+        sizes: [v] bytes of each id, to count those of what is scored.
 
     Returns:
         Number of the text → its score, in the order of the shards.
@@ -130,7 +198,14 @@ def score_rows(
     lengths = [shards.lengths[index] for index in wanted]
     for batch in batches(lengths, batch_size, model.config.get_text_config().vocab_size):
         numbers = [wanted[index] for index in batch]
-        scores |= zip(numbers, score_batch(model, shards.take(numbers)), strict=True)
+        taken = shards.take(numbers)
+        found = score_batch(model, taken)
+        if sizes is not None:
+            found = [
+                replace(score, bytes=int(sizes[[label for label in labels[1:] if label != IGNORED]].sum()))
+                for score, (_, labels) in zip(found, taken, strict=True)
+            ]
+        scores |= zip(numbers, found, strict=True)
         on_batch(len(scores), len(wanted))
     return {index: scores[index] for index in wanted}
 

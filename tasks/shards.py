@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
 
 VERSION = 4  # a pair is one row in statistics.json, whatever texts it has
 TOO_LONG, NOT_TRAINED = "too_long", "no_trained_tokens"
+WHOLE = "whole"  # of `overlong`, for text that is measured
 ORIGINS = "origins.json"  # of each shard: numbers of the data set and of its file
 CHECKED_ROWS = 8  # of every chunk, encoded by both libraries: one row that differs, and the fast one is not used
 
@@ -49,6 +50,7 @@ def tokenize_step(
     data: DataSettings,
     packing: bool,
     mixture: dict[str, Any] | None = None,
+    whole: bool = False,
 ) -> Step:
     """The step that tokenizes rendered rows.
 
@@ -59,9 +61,12 @@ def tokenize_step(
         data: `cutoff_len`, `overlong`, `cut_answers`.
         packing: pack; evaluation never does.
         mixture: of the data sets, see `tasks.mixing.mixed`; None: every row once, in order.
+        whole: plain text as it is, however long, and nothing put behind it: what is measured is the text.
     """
     identity: dict[str, Any] = {"cutoff_len": data.cutoff_len, "overlong": data.overlong, "packing": packing}
-    if data.overlong == "truncate":
+    if whole:
+        identity = {"cutoff_len": None, "overlong": WHOLE, "packing": False}
+    elif data.overlong == "truncate":
         identity["cut_answers"] = data.cut_answers
     if mixture:
         identity["mixture"] = mixture
@@ -90,11 +95,12 @@ class RowFitter:
     """Texts to tokens that fit; the step, `check` and `preview` share it."""
 
     encoder: TextEncoder
-    cutoff_len: int
+    cutoff_len: int | None
+    """None: no text is too long."""
     overlong: str
     cut_answers: bool
     end: int | None
-    """Id put behind every document of plain text; None for conversations."""
+    """Id put behind every document of plain text; None for conversations, and for text that is measured."""
     trains: bool = True
     """Whether a row has to have something that is trained; a prompt has not."""
 
@@ -112,7 +118,8 @@ class RowFitter:
             InputError: tokenizer.json is not one, or a text model has no EOS.
         """
         encoder = TextEncoder(base, frozenset(meta["control_tokens"]), library)
-        end = _end_of_text(encoder, base) if meta["shape"] == "text" else None
+        documents = meta["shape"] == "text" and identity["overlong"] != WHOLE
+        end = _end_of_text(encoder, base) if documents else None
         cut = bool(identity.get("cut_answers"))
         return cls(encoder, identity["cutoff_len"], identity["overlong"], cut, end, meta["shape"] != "prompt")
 
@@ -123,7 +130,7 @@ class RowFitter:
             batch = with_end(batch, self.end)
         full = batch.lengths()
         refused: list[BadRow | None] = [None] * len(texts)
-        too_long = (full > self.cutoff_len) & (self.overlong != "split")
+        too_long = (full > (self.cutoff_len or numpy.inf)) & (self.overlong != "split")
         if self.overlong == "truncate":
             batch = batch.cut(self._kept(batch))
         else:
@@ -132,11 +139,13 @@ class RowFitter:
         for number in numpy.flatnonzero((batch.trained_tokens() == 0) & self.trains).tolist():
             what = "answer" if self.cut_answers else "whole answer"
             rule = f"no token of {'an' if self.cut_answers else 'a'} {what} is left within cutoff_len {self.cutoff_len}"
+            rule = rule if self.cutoff_len else "a text of less than two tokens has nothing to predict"
             refused[number] = refused[number] or BadRow(NOT_TRAINED, rule)
         return batch, full, refused
 
     def _kept(self, batch: TokenBatch) -> numpy.ndarray[Any, Any]:
         """[rows] tokens to keep of each row: `cutoff_len`, or less, so that no answer loses its terminator."""
+        assert self.cutoff_len is not None
         lengths = numpy.minimum(batch.lengths(), self.cutoff_len)
         if self.cut_answers:
             return lengths
@@ -325,11 +334,11 @@ def _collect(
         "sequences": count,
         **{name: sum(shard.report[name] for shard in made) for name in ("tokens", "trained_tokens", "truncated")},
         **describe_lengths(lengths),
-        "filled": round(int(sequences.lengths.sum()) / (count * work.identity["cutoff_len"]), 4),
+        "filled": None,
         **counts,
     }
-    if not work.identity["packing"]:
-        statistics["filled"] = None
+    if work.identity["packing"]:
+        statistics["filled"] = round(int(sequences.lengths.sum()) / (count * work.identity["cutoff_len"]), 4)
     (work.output / STATISTICS).write_text(json.dumps(statistics, indent=1), encoding="utf-8")
     return {name: value for name, value in statistics.items() if name != "histogram"}
 

@@ -7,6 +7,7 @@ by `tokenizers`, which knows. `TokenBatch` carries rows between the steps of thi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ Ids = NDArray[numpy.int32]
 Offsets = NDArray[numpy.int64]
 CACHE_BYTES = 64 << 20  # of text that fastokens remembers: system prompts and headers come again in every row
 FASTOKENS, TOKENIZERS = "fastokens", "tokenizers"
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 NOT_FAST = "not_fast"  # kind of failure after which `tokenizers` does the work
 
 
@@ -282,12 +284,16 @@ def load_fastokens(folder: Path) -> tuple[Any, NDArray[numpy.int64]] | None:
 
 def is_byte_level(data: dict[str, Any]) -> bool:
     """Whether tokens of a tokenizer.json spell bytes of the text: byte-level, and nothing but NFC normalized."""
-    steps = data.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    byte_level = [step for step in _pre_tokenizers(data) if step.get("type") == "ByteLevel"]
     plain = (data.get("normalizer") or {"type": "NFC"})["type"] == "NFC"  # texts that NFC changes go row by row
     vocabulary = isinstance(data["model"].get("vocab"), dict)
     return bool(byte_level) and plain and vocabulary and not any(step.get("add_prefix_space") for step in byte_level)
+
+
+def _pre_tokenizers(data: dict[str, Any]) -> list[dict[str, Any]]:
+    steps = data.get("pre_tokenizer") or {}
+    found: list[dict[str, Any]] = steps.get("pretokenizers", [steps])
+    return found
 
 
 def bytes_of_ids(data: dict[str, Any]) -> NDArray[numpy.int64]:
@@ -303,6 +309,29 @@ def bytes_of_ids(data: dict[str, Any]) -> NDArray[numpy.int64]:
     sizes[numbers] = numpy.fromiter(map(len, vocabulary), numpy.int64, len(vocabulary))  # one character per byte
     for token in added:
         sizes[token["id"]] = len(token["content"].encode())
+    return sizes
+
+
+def text_bytes_of_ids(folder: Path) -> NDArray[numpy.int64]:
+    """[v] UTF-8 bytes of people's text that each id of a tokenizer stands for; control tokens stand for none.
+
+    Of tokenizers that are not byte-level `▁` is a space, also the one that some put in front of a text, and `<0x0A>` is
+    one byte.
+    """
+    data = orjson.loads((folder / "tokenizer.json").read_bytes())
+    if any(step.get("type") == "ByteLevel" for step in _pre_tokenizers(data)):
+        sizes = bytes_of_ids(data)
+    else:
+        listed = data["model"]["vocab"]  # text → id, or of a Unigram model [text, score] by id
+        pairs = listed.items() if isinstance(listed, dict) else [(text, i) for i, (text, _) in enumerate(listed)]
+        added = [(token["content"], token["id"]) for token in data.get("added_tokens", [])]
+        vocabulary = {number: text for text, number in [*pairs, *added]}
+        sizes = numpy.zeros(max(vocabulary) + 1, numpy.int64)
+        for number, text in vocabulary.items():
+            sizes[number] = 1 if BYTE_PIECE.fullmatch(text) else len(text.replace("▁", " ").encode())
+    for token in data.get("added_tokens", []):
+        if token["special"]:
+            sizes[token["id"]] = 0
     return sizes
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from registry.combinations import ONLINE
 from registry.method_records import EMBEDDINGS
-from registry.recipe import StageSettings
 from registry.reward_rules import code_file, is_code, short_name
+from registry.stage_settings import StageSettings
 from tasks.digests import sha256_file
 from tasks.launch import ProgramFailed, run_program
 from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced

@@ -68,3 +68,13 @@ def golden_rows(name: str) -> list[dict[str, Any]]:
     need_oracle()
     lines = (ORACLE / "golden" / f"{name}.jsonl").read_text("utf-8").rstrip("\n").split("\n")
     return [json.loads(line) for line in lines]
+
+
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, which `make demo` fetches; skips the test where it is absent."""
+    kept = Path.home() / ".llamatuner" / "artifacts" / "model"
+    given = os.environ.get("LLAMATUNER_SMOLLM2")
+    folder = Path(given) if given else next(kept.glob("SmolLM2-135M-Instruct-*"), None)
+    if folder is None or not (folder / "config.json").is_file():
+        pytest.skip("SmolLM2-135M-Instruct is absent; `make demo` fetches it, or LLAMATUNER_SMOLLM2 may point to it")
+    return folder

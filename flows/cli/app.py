@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli.evaluating import SeveralValues
 from flows.cli.output import BAD_INPUT, FAILED, INTERRUPTED, print_json, say_error
 
 app = typer.Typer(
@@ -127,6 +128,36 @@ def score(
     from flows.cli.scoring import score_file
 
     raise typer.Exit(score_file(model, file, stage, out, overrides or [], json))
+
+
+@app.command(cls=SeveralValues)
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Finished run or recipe (:STAGE), folder, adapter, models:/NAME@ALIAS, or hub id.")
+    ],
+    perplexity: Annotated[
+        list[str] | None, typer.Option(metavar="DATA…", help="Data sets to score: answers, or plain text whole.")
+    ] = None,
+    benchmarks: Annotated[
+        list[str] | None, typer.Option(metavar="TASK…", help="See `list benchmarks`; lm-eval's tasks, files of yours.")
+    ] = None,
+    generate: Annotated[
+        list[str] | None, typer.Option(metavar="DATA…", help="Data sets whose answers are written anew and compared.")
+    ] = None,
+    compare_with: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measured beside it: its base by default; none, or any model.")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(metavar="FOLDER", help="Read benchmarks from files in it.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples before a question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most questions of each benchmark.")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Measure a model, and its base beside it: perplexity, benchmarks, answers against references."""
+    from flows.cli.evaluating import Asked, evaluate_model
+
+    wanted = (perplexity or [], benchmarks or [], generate or [], compare_with, data_dir, num_fewshot, limit)
+    raise typer.Exit(evaluate_model(model, Asked(*wanted), overrides or [], json))
 
 
 @app.command()

@@ -14,9 +14,10 @@ from rich.text import Text
 from flows.cli.output import people, print_json
 from flows.cli.pages import require_page, write_page
 from flows.comparison import Measured, Side, answers, differing_settings, find_side, measured
-from flows.comparison_page import COLOURS, FIRST_LINE, comparison_page, letter
+from flows.comparison_page import FIRST_LINE, comparison_page, letter
 from registry.errors import InputError, Problem
 from registry.home import Home
+from tasks.number_picture import COLOURS
 
 LONGEST_VALUE = 30  # characters of a setting on a terminal
 

@@ -58,8 +58,9 @@ def export_recipe(name: str, overrides: list[str], wanted: Wanted, as_json: bool
     pipeline = build(load_recipe(name, overrides), home)
     stage = _stage(pipeline, wanted)
     steps = pipeline.stages[stage]
-    before = pipeline.befores[steps.before] if steps.before else None
-    ends = [step for step in (steps.model, steps.evaluated, before) if step]
+    own = pipeline.measured.get(stage)
+    measured = [*own.steps, *(pipeline.measured[own.before].steps if own.before else ())] if own else []
+    ends = [steps.model, *measured]
     artifacts = finished(pipeline, stage, ends, name, home, "export")
     artifact = artifacts[(steps.trained if wanted.adapter else steps.model).title]
     saved = saved_dtype(artifact)

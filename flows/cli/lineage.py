@@ -16,7 +16,7 @@ from registry.data_sources import DataSource
 from registry.deepspeed import zero_stage
 from registry.errors import InputError, Problem
 from registry.home import Home
-from registry.recipe import StageSettings
+from registry.stage_settings import StageSettings
 from registry.stages import STAGES
 from tasks.artifacts import Artifact, Store
 from tasks.base import known_model
@@ -78,7 +78,7 @@ def card_of(pipeline: Pipeline, stage: str, artifacts: Artifacts, adapter: bool,
         name=f"{pipeline.recipe.name}-{stage}" + ("-adapter" if adapter else ""),
         base=_base(chain[0], artifacts),
         stages=tuple(_stage(steps, artifacts, measured=steps is chain[-1]) for steps in chain),
-        results=tuple(_results(pipeline, chain[-1], artifacts)),
+        results=tuple(_results(pipeline, stage, artifacts)),
         task="text-generation" if kind.makes_text else "text-classification",
         chat=kind.shape != "text",
         adapter=adapter,
@@ -174,7 +174,7 @@ def _data_sets(steps: StageSteps, artifacts: Artifacts, measured: bool) -> Itera
     fetched = steps_behind(steps.tokenized)[0]
     yield from _rows(artifacts[fetched.title], ROWS, settings.sources, "trained on")
     known = {source.name: source for source in (*settings.eval_sources, *settings.perplexity_sources)}
-    for name, tokenized in steps.held_out.items() if measured else ():
+    for name, tokenized in steps.held_out.sets.items() if measured else ():
         artifact = artifacts[steps_behind(tokenized)[0].title]
         if name in known:
             yield from _rows(artifact, ROWS, (known[name],), "measured on")
@@ -206,14 +206,18 @@ def _source(source: DataSource) -> str:
     return ", ".join([f"{hub}: {source.remote.address}", *filter(None, parts)])
 
 
-def _results(pipeline: Pipeline, last: StageSteps, artifacts: Artifacts) -> Iterator[Result]:
-    if last.evaluated is None:
+def _results(pipeline: Pipeline, stage: str, artifacts: Artifacts) -> Iterator[Result]:
+    own = pipeline.measured.get(stage)
+    if own is None:
         return
-    befores = _measured(pipeline.befores[last.before], artifacts) if last.before else {}
-    for name, result in _measured(last.evaluated, artifacts).items():
+    befores = _numbers(pipeline.measured[own.before].steps, artifacts) if own.before else {}
+    for name, result in _numbers(own.steps, artifacts).items():
         before = befores[name]["value"] if name in befores else None
         yield Result(name, result["rows"], result["value"], before, (result["low"], result["high"]))
 
 
-def _measured(step: Step, artifacts: Artifacts) -> dict[str, dict[str, Any]]:
-    return read_results(artifacts[step.title].path, step.runtime["set_names"])
+def _numbers(steps: tuple[Step, ...], artifacts: Artifacts) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for step in steps:
+        found |= read_results(artifacts[step.title].path, step.runtime["set_names"])
+    return found

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from flows.cli.rewards import print_rewards
 from flows.graph import Pipeline
+from flows.measuring import Measured
 from flows.session import results_of
 from flows.view import duration
 from registry.home import Home
@@ -50,12 +51,15 @@ def print_report(
 
 def _answers(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
     answers = {
-        name: found
-        for name, step in pipeline.evaluations().items()
-        if step.title in outcomes and (found := read_answers(outcomes[step.title].artifact.path))
+        label: found
+        for label, each in pipeline.measured.items()
+        for step in each.steps
+        if step.kind == "evaluate" and step.title in outcomes
+        if (found := read_answers(outcomes[step.title].artifact.path))
     }
-    first = next(iter(pipeline.befores), None)  # what the others start from says the same as the stage that made it
-    shown = [name for name in answers if name == first or name not in pipeline.befores]
+    befores = pipeline.befores()
+    first = next(iter(befores), None)  # what the others start from says the same as the stage that made it
+    shown = [name for name in answers if name == first or name not in befores]
     for index, question in enumerate(pipeline.recipe.evaluation.questions if answers else ()):
         console.print(Text(f"Q  {question}", style="bold"))
         for name in shown:
@@ -66,25 +70,38 @@ def _answers(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome])
 
 def _results(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:
     results = results_of(pipeline, {title: outcome.artifact for title, outcome in outcomes.items()})
-    for stage, values in results.items():
-        if stage in pipeline.befores:
+    befores = pipeline.befores()
+    for label, values in results.items():
+        if label in befores:
             continue
-        evaluated = pipeline.stages[stage].evaluated
-        if evaluated and evaluated.identity["measure"] == "reward" and evaluated.title in outcomes:
-            for name, found in by_set(outcomes[evaluated.title].artifact.path, evaluated.runtime["set_names"]).items():
-                print_rewards(console, f"{stage}  {name}", found)
-            values = {metric: value for metric, value in values.items() if metric.startswith("train.")}
+        measured = pipeline.measured.get(label, Measured(()))
+        for step in measured.steps:
+            if step.identity.get("measure") == "reward" and step.title in outcomes:
+                for name, found in by_set(outcomes[step.title].artifact.path, step.runtime["set_names"]).items():
+                    print_rewards(console, f"{label}  {name}", found)
+                values = {metric: value for metric, value in values.items() if metric.startswith("train.")}
         for metric, found in values.items():
-            value, before = found["value"], results.get(pipeline.stages[stage].before or "", {}).get(metric)
-            if before is not None:
-                old = before["value"]
-                change = f"{old:.2f} before, {value:.2f} after ({(value - old) / old:+.0%})"
-            else:
-                change = f"{value:.6g}"
-            if "low" in found:
-                change += f"; 95 % from {found['low']:.3g} to {found['high']:.3g}, {found['rows']:,} rows"
-            console.print(Text(f"{stage}  {metric}: {change}"))
+            before = results.get(measured.before or "", {}).get(metric)
+            console.print(Text(f"{label}  {metric}: {_value(found, before)}"))
     console.print()
+
+
+def _value(found: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """A number, and the one before."""
+    value = found["value"]
+    text = f"{value:.6g}"
+    if before is not None:
+        old = before["value"]
+        share = f" ({(value - old) / old:+.0%})" if old else ""
+        text = f"{old:{_form(old)}} before, {value:{_form(value)}} after{share}"
+    if "low" in found:
+        text += f"; 95 % from {found['low']:.3g} to {found['high']:.3g}, {found['rows']:,} rows"
+    return text
+
+
+def _form(value: float) -> str:
+    """Two digits behind the point, or three that count where that would say little."""
+    return ".2f" if abs(value) >= 1 or value == 0 else ".3g"
 
 
 def _memory(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -18,9 +19,28 @@ from registry.loading import load_recipe
 from tasks.artifacts import Store
 from tasks.steps import Outcome
 
+Told = Callable[[dict[str, Any]], dict[str, Any]]
+"""Answer for programs → the same in the form of the command."""
 
-def run_recipe(name: str, overrides: list[str], as_json: bool, strict_versions: bool, data_only: bool = False) -> int:
-    """Do what a recipe says and is not done yet; the exit code."""
+
+def run_recipe(
+    name: str | Mapping[str, Any],
+    overrides: list[str],
+    as_json: bool,
+    strict_versions: bool,
+    data_only: bool = False,
+    told: Told = lambda answer: answer,
+) -> int:
+    """Do what a recipe says and is not done yet; the exit code.
+
+    Args:
+        name: of the recipe, its file, or the recipe itself.
+        overrides: of its settings.
+        as_json: print one object for programs.
+        strict_versions: let versions of torch, transformers and their like enter the keys.
+        data_only: stop after the data steps.
+        told: what the object for programs becomes.
+    """
     console = people(as_json)
     recipe = load_recipe(name, overrides)
     for note in recipe.notes:
@@ -30,32 +50,32 @@ def run_recipe(name: str, overrides: list[str], as_json: bool, strict_versions: 
     pipeline = pipeline.data_only() if data_only else pipeline
     lines = plan(pipeline, Store(home))
     if all(line.state == "cached" for line in lines) and not any(record.died() for record in records(home)):
-        return _up_to_date(pipeline, lines, home, console, as_json)
+        return _up_to_date(pipeline, lines, home, console, told if as_json else None)
     from flows.preflight import preflight, require_rows
 
     for note in preflight(pipeline, lines, home):
         console.print(note, style="yellow", markup=False)
     require_rows(lines)
-    return _run(pipeline, lines, home, console, as_json)
+    return _run(pipeline, lines, home, console, told if as_json else None)
 
 
-def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, as_json: bool) -> int:
+def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, told: Told | None) -> int:
     """Everything is there: read manifests, print results, start nothing."""
     outcomes = {line.step.title: Outcome("cached", line.artifact, 0.0) for line in lines if line.artifact}
     record = last_with_keys(home, [line.key for line in lines])
-    if not as_json:
+    if told is None:
         for line in lines:
             for why in line.why:
                 console.print(f"{line.step.title}: {why}", style="yellow", markup=False)
     values = record.values if record else {}
     print_report(console, pipeline, outcomes, home, "up to date: nothing to do", gate=values.get("gate"))
-    if as_json:
+    if told is not None:
         runs = values.get("mlflow_run_id"), values.get("flow_run_id")
-        _print(pipeline, outcomes, "up-to-date", [], *runs, values.get("gate"))
+        print_json(told(_answer(pipeline, outcomes, "up-to-date", [], *runs, values.get("gate"))))
     return DONE
 
 
-def _print(
+def _answer(
     pipeline: Pipeline,
     outcomes: dict[str, Outcome],
     status: str,
@@ -63,16 +83,16 @@ def _print(
     mlflow: str | None,
     prefect: str | None,
     gate: dict[str, Any] | None,
-) -> None:
+) -> dict[str, Any]:
     from flows.session import outcome_json, results_of
 
     made = steps or [outcome_json(s, outcomes[s.title]) for s in pipeline.steps if s.title in outcomes]
     results = results_of(pipeline, {title: outcome.artifact for title, outcome in outcomes.items()})
     runs = {"mlflow_run_id": mlflow, "flow_run_id": prefect}
-    print_json({"status": status, "steps": made, "results": results, "gate": gate, **runs})
+    return {"status": status, "steps": made, "results": results, "gate": gate, **runs}
 
 
-def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, as_json: bool) -> int:
+def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, told: Told | None) -> int:
     from flows.prefect_server import prefect_api
     from flows.session import Session, stopping
     from flows.view import make_view
@@ -89,10 +109,10 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
     finally:
         view.close()
     print_report(console, pipeline, session.outcomes, home, status, session.failures(), session.gate)
-    if as_json:
+    if told is not None:
         flow_run = session.record.values.get("flow_run_id")
         runs = session.tracker.run_id, flow_run
-        _print(pipeline, session.outcomes, status, session.steps_json(), *runs, session.gate)
+        print_json(told(_answer(pipeline, session.outcomes, status, session.steps_json(), *runs, session.gate)))
     errors = session.errors().values()
     if status == "cancelled":
         return INTERRUPTED

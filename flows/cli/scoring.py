@@ -29,7 +29,7 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.evaluation_records import EvaluationSettings
 from registry.home import Home
 from registry.loading import load_recipe
-from registry.recipe import StageSettings
+from registry.stage_settings import StageSettings
 from tasks.artifacts import Artifact, Store
 from tasks.digests import DigestMemory
 from tasks.evaluate_program import write_lines

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from registry.combinations import DERIVED, NEEDS, REFUSALS, SET, UNSET, Need, Refusal, idle, refused, without_effect
-from registry.recipe import FIELDS
 from registry.settings_page import settings_page
+from registry.stage_settings import FIELDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 

@@ -1,0 +1,91 @@
+"""From a recipe that trains nothing to steps: what measures one model, and the one it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flows.graph import BASE, Pipeline, require_metrics
+from flows.measuring import HeldOut, Measured, held_out, measuring_steps
+from flows.named_models import NamedModel, find_model
+from registry.data_sources import DataSource
+from registry.errors import InputError
+from registry.home import Home
+from registry.recipe import Evaluated, Recipe
+from registry.stage_settings import StageSettings
+from tasks.digests import DigestMemory
+from tasks.fetch import fetch_step
+from tasks.source_rows import source_list
+from tasks.steps import Input, LocalFolder, upstream
+
+MODEL = "model"
+TOKENIZER = "tokenizer.json"
+CHAT, TEXT = "chat", "text"
+
+
+def build_evaluation(recipe: Recipe, home: Home) -> Pipeline:
+    """The steps of a recipe with `evaluate`.
+
+    Raises:
+        InputError: a model that is not there, rows of no known form, a gate on what is not measured.
+    """
+    assert recipe.evaluates is not None
+    memory, evaluation = DigestMemory(home.digests), recipe.evaluation
+    settings = recipe.evaluates.settings
+    found = find_model(recipe.evaluates.model, home, settings.model.model_revision)
+    settings = _as_trained(recipe.evaluates, found)
+    settings = replace(settings, shapes={s.name: _shape(s, settings, memory) for s in settings.perplexity_sources})
+    rows = held_out(settings, None, found.model, memory)
+    other = found.base
+    if evaluation.compare_with not in ("base", "none"):
+        other = find_model(evaluation.compare_with, home, where="evaluation.compare_with")
+    measured: dict[str, Measured] = {}
+    if other is not None and evaluation.compare_with != "none":
+        theirs = rows if _same_tokenizer(found, other) else _rows_of(other, settings, memory)
+        steps = measuring_steps(BASE, "", other.name, other.model, theirs, recipe, settings)
+        measured[BASE] = Measured(steps)
+    own = measuring_steps(MODEL, "", found.name, found.model, rows, recipe, settings)
+    measured[MODEL] = Measured(own, BASE if BASE in measured else None)
+    ends = [step for each in measured.values() for step in each.steps]
+    pipeline = Pipeline(recipe, tuple(upstream(ends)), {}, measured)
+    require_metrics(pipeline)
+    return pipeline
+
+
+def _as_trained(evaluated: Evaluated, found: NamedModel) -> StageSettings:
+    """How rows are read: as the recipe says, else as they were for the stage that made the model."""
+    settings, kept = evaluated.settings, {k: v for k, v in found.reading.items() if k not in evaluated.given}
+    template = kept.pop("template", settings.template)
+    bf16 = kept.pop("bf16", settings.train.bf16)
+    data = settings.data.model_copy(update=kept)
+    return replace(settings, data=data, train=settings.train.model_copy(update={"bf16": bf16}), template=template)
+
+
+def _shape(source: DataSource, settings: StageSettings, memory: DigestMemory) -> str:
+    """What the rows of a set are scored as: plain text whole, anything else by its answers."""
+    if source.remote is not None:  # its rows are known when it has been downloaded
+        return CHAT
+    refused: list[InputError] = []
+    for shape in (CHAT, TEXT):
+        given = ((source,), settings.data, settings.runtime, shape, settings.train.seed, memory)
+        try:
+            source_list(fetch_step(MODEL, "fetch", *given, split=False), {}, memory)[0].form()
+        except InputError as error:
+            refused.append(error)
+        else:
+            return shape
+    raise InputError([problem for error in refused for problem in error.problems], "evaluation.perplexity")
+
+
+def _same_tokenizer(one: NamedModel, other: NamedModel) -> bool:
+    """Whether two models on this disk read texts as the same ids; unknown is no."""
+    files = [_tokenizer(each.model) for each in (one, other)]
+    return None not in files and files[0] == files[1]
+
+
+def _tokenizer(model: Input) -> bytes | None:
+    path = model.source.path / TOKENIZER if isinstance(model.source, LocalFolder) else None
+    return path.read_bytes() if path is not None and path.is_file() else None
+
+
+def _rows_of(model: NamedModel, settings: StageSettings, memory: DigestMemory) -> HeldOut:
+    return held_out(replace(settings, name=BASE), None, model.model, memory)
