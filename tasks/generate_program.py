@@ -60,6 +60,7 @@ def work(spec: Spec, events: Events) -> None:
         reporter(events, "answers", spec.runtime["set_names"][0]),
     )
     timings.lap("answers")
+    events.emit("note", text="comparing the answers")
     kept, stopped = zip(*(ended(ids, chat.stops) for ids in new), strict=True)
     answers = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
     references = [rows.mark(row) for row in range(len(rows))]

@@ -1,8 +1,9 @@
 """Answers compared with the answers that a data set has.
 
-One decision: sacrebleu and rouge-score count and compute, nothing here does it again. Of bleu and chrf every row gives
-the counts that the library itself adds up over a corpus; so the value is the library's, and the values for drawn rows
-are its own formula on sums of drawn rows.
+One decision: sacrebleu and rouge-score count and compute. Of bleu and chrf every row gives the counts that the library
+itself adds up over a corpus; so the value is the library's, and the values for drawn rows are its own formula on sums
+of drawn rows. One thing is done here: the length of the longest common subsequence behind `rougeL`, for which
+rouge-score takes 0.3 s where two texts have 600 words.
 
 Words of Chinese are not written apart: there every Han character is a word, and so is a run of other letters or
 digits. Whether a data set is Chinese is decided once, from its references.
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.scoring import fmeasure
+from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
 
 from tasks.intervals import drawn_sums
@@ -112,15 +115,38 @@ def row_scores(pairs: Sequence[tuple[str, str]], chinese: bool) -> list[dict[str
         pairs: answer and reference of each row.
         chinese: how texts are taken apart.
     """
-    scorer: Any = RougeScorer(list(ROUGE), tokenizer=_ChineseWords() if chinese else None)
-    return [
-        {name: float(score.fmeasure) for name, score in scorer.score(reference, answer).items()}
-        | {
-            "exact_match": float(answer.strip() == reference.strip()),
-            "token_f1": token_f1(answer, reference, chinese),
-        }
-        for answer, reference in pairs
-    ]
+    tokenizer = _ChineseWords() if chinese else DefaultTokenizer()
+    scorer: Any = RougeScorer(list(ROUGE[:2]), tokenizer=tokenizer)
+    rows = []
+    for answer, reference in pairs:
+        scores = {name: float(score.fmeasure) for name, score in scorer.score(reference, answer).items()}
+        scores["rougeL"] = rouge_l(tokenizer.tokenize(answer), tokenizer.tokenize(reference))
+        scores["exact_match"] = float(answer.strip() == reference.strip())
+        scores["token_f1"] = token_f1(answer, reference, chinese)
+        rows.append(scores)
+    return rows
+
+
+def rouge_l(answer: Sequence[str], reference: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence, as rouge-score has it.
+
+    >>> rouge_l(["police", "kill", "the", "gunman"], ["police", "killed", "the", "gunman"])
+    0.75
+
+    Source: Lin 2004, "ROUGE", section 3.1; the length by Hyyrö 2004, "Bit-parallel LCS-length computation revisited".
+    """
+    if not answer or not reference:
+        return 0.0
+    places: dict[str, int] = {}
+    for place, word in enumerate(reference):
+        places[word] = places.get(word, 0) | 1 << place
+    everywhere = (1 << len(reference)) - 1
+    left = everywhere  # a bit that has gone out is a place where the length grows by one
+    for word in answer:
+        found = left & places.get(word, 0)
+        left = (left + found | left - found) & everywhere
+    length = len(reference) - left.bit_count()
+    return float(fmeasure(length / len(answer), length / len(reference)))
 
 
 def token_f1(answer: str, reference: str, chinese: bool = False) -> float:

@@ -113,6 +113,17 @@ def test_values_of_the_libraries_are_kept_exactly() -> None:
         assert found[name].result["value"] == pytest.approx(sum(expected) / len(expected), rel=1e-14)
 
 
+@pytest.mark.parametrize("words_in_all", [1, 3, 40])
+def test_the_longest_common_subsequence_is_as_long_as_rouge_score_finds_it(words_in_all: int) -> None:
+    random, scorer = numpy.random.default_rng(words_in_all), RougeScorer(["rougeL"])
+    for _ in range(60):
+        answer, reference = (
+            " ".join(f"w{word}" for word in random.integers(0, words_in_all, random.integers(0, 90))) for _ in range(2)
+        )
+        (scores,) = row_scores([(answer, reference)], chinese=False)
+        assert scores["rougeL"] == scorer.score(reference, answer)["rougeL"].fmeasure
+
+
 def test_chinese_is_taken_apart_by_characters() -> None:
     answers, references = texts(CHINESE)
     found = compare(CHINESE)
