@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from registry.recipe import Recipe
+from registry.records import DataSettings
 from registry.stage_settings import StageSettings
 from registry.stages import STAGES
 from tasks.digests import DigestMemory
 from tasks.evaluation import evaluate_step
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
+from tasks.generation import generate_step
 from tasks.render import render_step
 from tasks.shards import tokenize_step
 from tasks.steps import Input, Step
@@ -70,11 +72,12 @@ def held_out(settings: StageSettings, fetched: Step | None, base: Input, memory:
     for source, shape in wanted:
         parts[source.name] = (fetch(source, shape), ROWS)
 
-    def tokenize(name: str, step: Step, part: str, ending: str = "", whole: bool = False) -> Step:
+    def tokenize(
+        name: str, step: Step, part: str, ending: str = "", whole: bool = False, data: DataSettings = data
+    ) -> Step:
         rendered = render_step(settings.name, f"render:{name}{ending}", step, part, base, data, settings.template)
-        return tokenize_step(
-            settings.name, f"tokenize:{name}{ending}", rendered, base, data, packing=False, whole=whole
-        )
+        name = f"tokenize:{name}{ending}"
+        return tokenize_step(settings.name, name, rendered, base, data, packing=False, whole=whole)
 
     found = HeldOut()
     for name, (step, part) in parts.items():
@@ -82,8 +85,11 @@ def held_out(settings: StageSettings, fetched: Step | None, base: Input, memory:
         found.sets[name] = tokenize(name, step, part, whole=text)
         if train.eval_steps and step.identity["shape"] == kind.shape:  # a text of any length would not fit a batch
             found.watched[name] = tokenize(name, step, part, ":watched") if text else found.sets[name]
+    # an answer begins where its prompt ends, which therefore is not cut
+    uncut = data.model_copy(update={"overlong": "drop"})
     for source in settings.generate_sources if kind.makes_text else ():
-        found.prompts[source.name] = tokenize(source.name, fetch(source, "prompt", ":prompts"), ROWS, ":prompts")
+        step = fetch(source, "prompt", ":prompts")
+        found.prompts[source.name] = tokenize(source.name, step, ROWS, ":prompts", data=uncut)
     return found
 
 
@@ -106,8 +112,6 @@ def measuring_steps(
     if rows.sets or (evaluation.questions and text):
         steps.append(evaluate_step(stage, f"evaluate{ending}", label, model, rows.sets, evaluation, settings))
     for name, prompts in rows.prompts.items():
-        from tasks.generation import generate_step
-
         steps.append(
             generate_step(
                 stage,

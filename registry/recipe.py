@@ -13,6 +13,7 @@ from typing import Any
 
 from registry.errors import InputError, Problem, did_you_mean, shown
 from registry.evaluation_records import EvaluationSettings
+from registry.evaluation_rules import generation_problems
 from registry.gates import condition
 from registry.recipe_paths import absolute_paths
 from registry.stage_settings import ALIASES, NAME, RECIPE_KEYS, StageSettings, collect, read_record, read_stage
@@ -111,6 +112,8 @@ def _evaluation(raw: Mapping[str, Any], problems: list[Problem]) -> EvaluationSe
     if found is not None and "evaluate" not in raw and found.compare_with not in COMPARED:
         rule = f"{found.compare_with!r} is not {' or '.join(COMPARED)}"
         problems.append(Problem("evaluation.compare_with", rule, "Another model is for recipes with `evaluate`."))
+    if found is not None:
+        problems += generation_problems(found, lambda key: f"evaluation.{key}")
     for text in found.gate if found is not None else ():
         collect(problems, condition, text, "evaluation.gate")
     return found

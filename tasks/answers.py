@@ -1,9 +1,9 @@
-"""Sample answers: what a model says to a few questions, greedily.
+"""Answers: what a model says to a few questions, or to the prompts of a data set.
 
 One decision: how many questions go through the model together is fixed here and no setting. In bfloat16 another
 batch can tip a choice between two nearly equal tokens; so equal settings give equal answers on a machine of any size.
 
-Legend: b questions of a batch, p tokens of the longest prompt, n new tokens.
+Legend: b prompts of a batch, p tokens of the longest prompt, n new tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from registry.evaluation_records import GenerationSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -92,9 +94,14 @@ class Chat:
 
     def answer(self, question: str, new: Sequence[int]) -> Answer:
         """The answer in new ids [n], which may go on behind its end."""
-        end = next((index for index, token in enumerate(new) if token in self.stops), None)
-        kept = list(new[:end])
-        return Answer(question, self.tokenizer.decode(kept, skip_special_tokens=True), end is not None, len(kept))
+        kept, stopped = ended(new, self.stops)
+        return Answer(question, self.tokenizer.decode(kept, skip_special_tokens=True), stopped, len(kept))
+
+
+def ended(new: Sequence[int], stops: frozenset[int]) -> tuple[list[int], bool]:
+    """The ids of an answer, without its terminator and what is behind; and whether it has a terminator."""
+    end = next((index for index, token in enumerate(new) if token in stops), None)
+    return list(new[:end]), end is not None
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer, terminator: str | None) -> frozenset[int]:
@@ -114,39 +121,86 @@ def answer_questions(
     model: Any,
     chat: Chat,
     questions: Sequence[str],
-    max_new_tokens: int,
+    settings: GenerationSettings,
     batch_size: int = BATCH,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """Answer every question greedily.
+    """Answer every question.
 
     Args:
         model: a causal language model in evaluation mode.
         chat: prompts and ends.
         questions: each is a conversation of its own.
-        max_new_tokens: longest answer, in tokens.
+        settings: how tokens are chosen.
         batch_size: questions per forward pass.
         on_batch: told questions done and questions in all after each batch.
     """
-    answers: list[Answer] = []
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        new = generate(model, [chat.prompt(question) for question in batch], chat.stops, chat.pad, max_new_tokens)
-        answers += [chat.answer(question, ids) for question, ids in zip(batch, new, strict=True)]
-        on_batch(len(answers), len(questions))
-    return answers
+    prompts = [chat.prompt(question) for question in questions]
+    new = answer_prompts(model, prompts, chat.stops, chat.pad, settings, batch_size, on_batch)
+    return [chat.answer(question, ids) for question, ids in zip(questions, new, strict=True)]
+
+
+def answer_prompts(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: frozenset[int],
+    pad: int,
+    settings: GenerationSettings,
+    batch_size: int,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """New ids of each prompt, [prompts][<= n]; behind a stop id they mean nothing.
+
+    Prompts of like length go together, the longest first: what needs most memory comes first. In float32 batch sizes
+    move no answer, unless two tokens are as good as equally likely.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: token ids; a prompt's place among them is the number its random numbers are made from.
+        stops: ids that end an answer.
+        pad: id to fill up with.
+        settings: how tokens are chosen.
+        batch_size: prompts that go through the model together.
+        on_batch: told prompts done and prompts in all after each batch.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    found: dict[int, list[int]] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        new = write_answers(model, [prompts[row] for row in rows], stops, pad, settings, rows)
+        found |= zip(rows, new, strict=True)
+        on_batch(len(found), len(prompts))
+    return [found[row] for row in range(len(prompts))]
 
 
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], stops: frozenset[int], pad: int, max_new_tokens: int
 ) -> list[list[int]]:
+    """New ids of each prompt, greedily, as `write_answers` gives them."""
+    greedy = GenerationSettings(max_new_tokens=max_new_tokens)
+    return write_answers(model, prompts, stops, pad, greedy, range(len(prompts)))
+
+
+def write_answers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: frozenset[int],
+    pad: int,
+    settings: GenerationSettings,
+    rows: Sequence[int],
+) -> list[list[int]]:
     """New ids of each prompt, [b][<= n]; behind a stop id they mean nothing.
 
     Prompts are padded on the left, so that every answer begins at one position, and the padding is masked: padded on
     the right, an answer would continue from padding.
+
+    Args:
+        model, prompts, stops, pad, settings: as for `answer_prompts`.
+        rows: [b] the number of each prompt.
     """
     import torch
-    from transformers import GenerationConfig
+
+    from tasks.decoding import make_config, make_processors
 
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)  # [b, p]
@@ -154,20 +208,15 @@ def generate(
     for row, ids in enumerate(prompts):
         input_ids[row, longest - len(ids) :] = torch.as_tensor(ids)
         mask[row, longest - len(ids) :] = 1
-    greedy = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    # What the folder's generation_config says of sampling and penalties would fill up whatever is not set above.
-    model.generation_config = greedy
+    config = make_config(settings, stops, pad)
+    # What the folder's generation_config says of sampling and penalties would fill up whatever is not set there.
+    model.generation_config = config
     with torch.inference_mode():
         whole = model.generate(
-            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=make_processors(settings, list(map(len, prompts)), rows),
         )
     new: list[list[int]] = whole[:, longest:].tolist()
     return new

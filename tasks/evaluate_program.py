@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.measurements import Measure, write_results
-from tasks.program import Events, Spec, main
+from tasks.program import Events, Spec, Timings, main
 
 if TYPE_CHECKING:
     from tasks.scoring import Shards
@@ -31,9 +30,8 @@ def work(spec: Spec, events: Events) -> None:
     """Load, score, answer, write.
 
     Writes what `tasks.measurements` says (`perplexity.<set>`, `bits_per_byte.<set>`; of a reward model what
-    `tasks.rewards` gives),
-    `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per text or pair), `answers.jsonl` (one line per question),
-    `report/rewards.<set>.png` where there are pairs and `report/timings.json` (seconds).
+    `tasks.rewards` gives), `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per text or pair), `answers.jsonl` (one
+    line per question), `report/rewards.<set>.png` where there are pairs and `report/timings.json` (seconds).
 
     Raises:
         ProgramError: `bad_setting` for packed shards, for an adapter of another base and for a data set without
@@ -42,44 +40,38 @@ def work(spec: Spec, events: Events) -> None:
     """
     output, settings = Path(spec.output), spec.settings
     (output / "report").mkdir(parents=True, exist_ok=True)
-    timings: dict[str, float] = {}
-    clock = time.monotonic()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        now = time.monotonic()
-        timings[name], clock = round(now - clock, 3), now
-
+    timings = Timings()
     events.emit("note", text="loading libraries")
     import torch  # noqa: F401 - the first import of it is what takes long
 
+    from registry.evaluation_records import GenerationSettings
     from tasks.answers import Chat, answer_questions
     from tasks.scoring import Shards
 
-    lap("import")
+    timings.lap("import")
     given = {name: settings.get(name) for name in ("template", "default_system", "enable_thinking")}
     chat = Chat.from_folder(tokenizer_folder(spec), **given) if settings["questions"] else None
     events.emit("note", text="loading the model")
     model = load(spec)
-    lap("load")
+    timings.lap("load")
     results: dict[str, Measure] = {}
     for name, shape in zip(settings["sets"], settings["shapes"], strict=True):
         window = (settings["window"], settings["stride"]) if shape == "text" else None
         shards = Shards(Path(spec.inputs[f"set.{name}"]), shape, window)
-        report = _reporter(
-            events, "rows", spec.runtime.get("set_names", settings["sets"])[settings["sets"].index(name)]
-        )
+        set_name = spec.runtime.get("set_names", settings["sets"])[settings["sets"].index(name)]
+        report = reporter(events, "rows", set_name)
         measure = _rewards if settings["measure"] == "reward" else _perplexity
         found = measure(spec, model, shards, report, name)
         results |= {f"{metric}.{name}": result for metric, result in found.items()}
-        lap(f"set.{name}")
+        timings.lap(f"set.{name}")
     write_results(output, results)
     if chat is not None:
-        report = _reporter(events, "questions", "")
-        answers = answer_questions(model, chat, settings["questions"], settings["max_new_tokens"], on_batch=report)
+        report = reporter(events, "questions", "")
+        how = GenerationSettings(**settings["generation"])
+        answers = answer_questions(model, chat, settings["questions"], how, on_batch=report)
         write_lines(output / "answers.jsonl", (answer.record() for answer in answers))
-        lap("answers")
-    (output / "report" / "timings.json").write_text(json.dumps(timings, indent=1), encoding="utf-8")
+        timings.lap("answers")
+    timings.write(output)
 
 
 def _perplexity(spec: Spec, model: Any, shards: Shards, report: Report, name: str) -> dict[str, Measure]:
@@ -165,7 +157,9 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
 
 
-def _reporter(events: Events, unit: str, name: str) -> Report:
+def reporter(events: Events, unit: str, name: str) -> Report:
+    """Tells of progress on a data set, by its name, or on something else without one."""
+
     def report(done: int, total: int) -> None:
         events.emit("progress", step=done, total=total, unit=unit, set=name)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.evaluation_records import EvaluationSettings
+from registry.evaluation_rules import generation_identity
 from registry.stage_settings import StageSettings
 from registry.stages import STAGES
 from tasks.jsonlines import read_json_lines
@@ -61,7 +62,7 @@ def evaluate_step(
     questions = evaluation.questions if kind.makes_text else ()
     data = settings.data
     answers = {
-        "max_new_tokens": evaluation.max_new_tokens,
+        "generation": generation_identity(evaluation),
         "template": settings.template,
         "default_system": data.default_system,
         "enable_thinking": data.enable_thinking,

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,6 +95,23 @@ class Events:
         if self._file is not None:
             self._file.write(json.dumps({"kind": kind, **fields}) + "\n")
             self._file.flush()
+
+
+class Timings:
+    """Seconds that the parts of a program's work take, one behind the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._clock = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """What was done since the last call, or since the beginning, is called so."""
+        now = time.monotonic()
+        self.seconds[name], self._clock = round(now - self._clock, 3), now
+
+    def write(self, output: Path) -> None:
+        """Write `report/timings.json` into the artifact's folder."""
+        (output / "report" / "timings.json").write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")
 
 
 def die_with_parent(sig: int = signal.SIGKILL) -> None:

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from registry.errors import InputError
+from registry.evaluation_records import GenerationSettings
 from tasks.answers import Answer, Chat, answer_questions, generate, stop_ids
 from tasks.evaluate_program import load, work, write_lines
 from tasks.program import Events, ProgramError, Spec
@@ -144,7 +145,7 @@ def slow_answer(model: Any, prompt: list[int], stops: frozenset[int], most: int)
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_answers_are_those_of_a_plain_loop_for_every_batch_size(model: Any, folder: Path, batch_size: int) -> None:
     chat = plain_chat(folder)
-    answers = answer_questions(model, chat, QUESTIONS, 12, batch_size)
+    answers = answer_questions(model, chat, QUESTIONS, GenerationSettings(max_new_tokens=12), batch_size)
     expected = [chat.answer(text, slow_answer(model, chat.prompt(text), chat.stops, 12)) for text in QUESTIONS]
     assert answers == expected
     assert len({answer.answer for answer in answers}) == 3
@@ -154,7 +155,7 @@ def test_an_answer_ends_at_any_stop_id_while_others_go_on(model: Any, folder: Pa
     free = [slow_answer(model, plain_chat(folder).prompt(text), frozenset(), 12) for text in QUESTIONS]
     stop = next(token for token in free[1][2:] if token not in free[1][:2] and token not in free[0])
     chat = plain_chat(folder, frozenset({END, stop}))
-    answers = answer_questions(model, chat, QUESTIONS, 12)
+    answers = answer_questions(model, chat, QUESTIONS, GenerationSettings(max_new_tokens=12))
     where = free[1].index(stop)
     assert answers[1] == Answer(QUESTIONS[1], chat.tokenizer.decode(free[1][:where]), True, where)
     assert (answers[0].stopped, answers[0].tokens) == (False, 12)
@@ -220,7 +221,7 @@ def test_the_program_writes_results_answers_and_progress(folder: Path, model: An
     rows = random_rows(6, seed=7)
     settings = {
         "questions": QUESTIONS,
-        "max_new_tokens": 5,
+        "generation": {"max_new_tokens": 5},
         "bf16": False,
         "shapes": ["chat"],
         "measure": "perplexity",
@@ -259,7 +260,7 @@ def test_an_adapter_is_measured_on_its_own_base_only(folder: Path, tmp_path: Pat
     inputs = {"model": folder, "adapter": adapter, "set.0": write_shards(tmp_path / "shards", rows)}
     settings = {
         "questions": [],
-        "max_new_tokens": 5,
+        "generation": {"max_new_tokens": 5},
         "bf16": False,
         "shapes": ["chat"],
         "measure": "perplexity",
