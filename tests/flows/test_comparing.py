@@ -73,8 +73,9 @@ def test_the_settings_that_differ_are_named_and_no_others(runs: list[str], capsy
 
 def test_a_difference_is_that_of_paired_rows(runs: list[str], home: Path, capsys: Capture) -> None:
     answer, told = ask(capsys, runs[0], runs[1])
-    (row,) = answer["metrics"]
+    row, bits = answer["metrics"]
     assert (row["metric"], row["rows"]) == ("perplexity.held_out", 6)
+    assert bits["metric"] == "bits_per_byte.held_out"
     records = [json.loads((home / "runs" / f"{run}.json").read_text()) for run in runs[:2]]
     assert row["results"] == [record["results"]["sft"]["perplexity.held_out"] for record in records]
     keys = [
@@ -101,7 +102,7 @@ def test_equal_models_do_not_differ_and_only_what_was_asked_of_both_is_shown_for
 ) -> None:
     answer, _ = ask(capsys, runs[0], "again")
     assert [row["setting"] for row in answer["settings"]] == ["evaluate: questions"]
-    (row,) = answer["metrics"]
+    row, _ = answer["metrics"]
     assert row["differences"] == [None, {"value": 0.0, "low": 0.0, "high": 0.0, "real": False}]
     questions = {each["question"]: each["answers"] for each in answer["answers"]}
     assert questions["say row 3"][0] == questions["say row 3"][1]

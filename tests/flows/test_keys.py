@@ -12,17 +12,13 @@ import pytest
 from flows.graph import build
 from registry.deepspeed import FOLDER as DEEPSPEED
 from registry.errors import InputError
-from registry.evaluation_records import EvaluationSettings
 from registry.home import Home
 from registry.loading import load_recipe
 from registry.online_records import GroupSettings, OnlineSettings, PpoSettings
 from registry.records import DataSettings, ModelSettings, RuntimeSettings, TrainSettings
-from tasks.artifacts import select
 from tasks.devices import cuda_devices
-from tasks.digests import DigestMemory
 from tasks.steps import LocalFolder, Step
-from tests.flows.toy import write_rows
-from tests.tiny import tiny_model
+from tests.flows.keyed import changed, identities, placed, write_checkpoint, write_folder
 
 NOTHING: set[str] = set()
 READ, LEFT_OUT = {"fetch"}, {"fetch", "render"}
@@ -122,13 +118,6 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "early_stopping_steps": (2, TRAINED),
         "load_best_model_at_end": (True, TRAINED),
     },
-    EvaluationSettings: {
-        "perplexity": (["FOLDER/more.jsonl", "FOLDER/train.jsonl"], {"fetch", "render", "tokenize", "evaluate"}),
-        "questions": (["what?"], {"evaluate"}),
-        "max_new_tokens": (5, {"evaluate"}),
-        "compare_with": ("none", {"evaluate"}),  # the base is not measured
-        "gate": (["perplexity.held_out < 9"], NOTHING),
-    },
     RuntimeSettings: {
         "dataset_dir": ("FOLDER", NOTHING),
         "logging_steps": (7, NOTHING),
@@ -171,66 +160,10 @@ BESIDE: dict[str, dict[str, Any]] = {
 """What a field needs beside it to mean something; the same before and after the change."""
 CASES = [(record, name, *case) for record, table in FIELDS.items() for name, case in table.items()]
 
-Identities = dict[str, Any]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, an adapter, and three data files."""
-    folder = tmp_path_factory.mktemp("keys")
-    for seed, name in enumerate(("model", "other_model")):
-        tiny_model(folder / name, seed)
-    for count, name in enumerate(("train", "held_out", "more"), start=8):
-        write_rows(folder / f"{name}.jsonl", count, name)
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / "adapter_config.json").write_text("{}")
-    write_checkpoint(folder / "checkpoint")
-    return folder
-
-
-def write_checkpoint(folder: Path) -> None:
-    """The files of a checkpoint; what is in them is looked at when training begins."""
-    folder.mkdir()
-    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "README.md"):
-        (folder / name).write_text(name)
-    (folder / "trainer_state.json").write_text('{"global_step": 3}')
-
-
-def identities(
-    folder: Path, stage: dict[str, Any] | None = None, evaluation: dict[str, Any] | None = None
-) -> Identities:
-    """Step title → all that enters its key from settings and from folders; what other steps make is left out."""
-    model = {} if "model_name_or_path" in (stage or {}) else {"model_name_or_path": str(folder / "model")}
-    raw = {
-        "name": "keys",
-        **model,
-        "stages": {"sft": {"stage": "sft", "dataset": str(folder / "train.jsonl"), **(stage or {})}},
-        "evaluation": {"perplexity": [str(folder / "held_out.jsonl")], "questions": ["who?"], **(evaluation or {})},
-    }
-    home = Home.open()
-    memory = DigestMemory(home.digests)
-    found: Identities = {}
-    for step in build(load_recipe(raw), home).steps:
-        local = {
-            name: select(memory.files(wanted.source.path), wanted.part)
-            for name, wanted in step.inputs.items()
-            if isinstance(wanted.source, LocalFolder)
-        }
-        found[step.title] = (step.kind, step.identity, local, sorted(step.inputs), step.version, step.packages)
-    return found
-
-
-def changed(before: Identities, after: Identities) -> set[str]:
-    """The kinds of steps that differ, came or went."""
-    titles = {title for title in before.keys() | after.keys() if before.get(title) != after.get(title)}
-    return {(before | after)[title][0] for title in titles}
-
-
-def placed(value: Any, folder: Path) -> Any:
-    """A value of the table with FOLDER replaced."""
-    if isinstance(value, list):
-        return [placed(item, folder) for item in value]
-    return value.replace("FOLDER", str(folder)) if isinstance(value, str) else value
+    return write_folder(tmp_path_factory.mktemp("keys"))
 
 
 def test_the_table_has_every_field() -> None:
@@ -238,17 +171,17 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 114
+    assert len(CASES) == 109
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])
 def test_a_field_changes_these_keys_and_no_others(
     folder: Path, record: type, name: str, value: Any, kinds: set[str]
 ) -> None:
-    needed = {} if record is EvaluationSettings else BESIDE.get(name, {})
+    needed = BESIDE.get(name, {})
     beside = {key: placed(given, folder) for key, given in needed.items()}
     setting = beside | {name: placed(value, folder)}
-    after = identities(folder, evaluation=setting) if record is EvaluationSettings else identities(folder, setting)
+    after = identities(folder, setting)
     assert changed(identities(folder, beside), after) == kinds
 
 

@@ -233,9 +233,11 @@ def test_the_program_writes_results_answers_and_progress(folder: Path, model: An
     assert answer.returncode == 0, answer.stderr
     output = tmp_path / "output"
     expected = perplexity(RowScore(*score) for score in slow_scores(model, rows)).result
-    assert json.loads((output / "results.json").read_text()) == {
-        "perplexity.0": {name: pytest.approx(value) for name, value in expected.items()}
-    }
+    found = json.loads((output / "results.json").read_text())
+    assert found["perplexity.0"] == {name: pytest.approx(value) for name, value in expected.items()}
+    texts = sum(len(row["labels"]) - 1 - row["labels"][1:].count(-100) for row in rows)  # a token is a byte
+    assert found["bits_per_byte.0"]["bytes"] == expected["tokens"] == texts
+    assert found["bits_per_byte.0"]["value"] == pytest.approx(math.log2(expected["value"]))
     assert [line["row"] for line in read_lines(output / "nll.0.jsonl")] == list(range(6))
     answers = read_lines(output / "answers.jsonl")
     assert [line["question"] for line in answers] == QUESTIONS
