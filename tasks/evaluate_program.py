@@ -134,7 +134,7 @@ def load(spec: Spec) -> Any:
     from tasks.train.loading import load_base
     from tasks.train.lora import check_base
 
-    scores = spec.settings["measure"] == "reward"
+    scores = spec.settings.get("measure") == "reward"
     adapter, changes = spec.inputs.get("adapter"), None
     if scores and not adapter:
         require_reward_model(Path(spec.inputs["model"]), spec.inputs["model"])

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.output import people, print_json
+from registry.benchmarks import BENCHMARKS, BenchmarkEntry
 from registry.core import Registry
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
@@ -119,6 +120,7 @@ def registries() -> dict[str, Registry[Any]]:
         "stages": STAGES,
         "methods": METHODS,
         "templates": TEMPLATES,
+        "benchmarks": BENCHMARKS,
         "recipes": RECIPES,
     }
 
@@ -148,8 +150,9 @@ def list_registries(kind: str | None, as_json: bool) -> None:
 
 
 def _description(entry: Any) -> str:
-    """The entry's own words; of a template its models and stop words too; of a file, its first comment line."""
-    if isinstance(entry, TemplateEntry):
+    """The entry's own words; of a template its models and stop words too, of a benchmark its files; of a file, its
+    first comment line."""
+    if isinstance(entry, TemplateEntry | BenchmarkEntry):
         return entry.summary
     if hasattr(entry, "description"):
         return str(entry.description)
