@@ -9,6 +9,7 @@ from registry.recipe import Recipe
 from registry.records import DataSettings
 from registry.stage_settings import StageSettings
 from registry.stages import STAGES
+from tasks.benchmark import benchmark_step
 from tasks.digests import DigestMemory
 from tasks.evaluation import evaluate_step
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
@@ -126,6 +127,8 @@ def measuring_steps(
                 per_device_eval_batch_size=settings.runtime.per_device_eval_batch_size,
             )
         )
+    for benchmark in recipe.benchmarks if text else ():
+        steps.append(benchmark_step(stage, f"benchmark:{benchmark.name}{ending}", label, model, benchmark, settings))
     return tuple(steps)
 
 

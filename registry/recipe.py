@@ -11,6 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from registry.benchmarks import Benchmark, find_benchmark
 from registry.errors import InputError, Problem, did_you_mean, shown
 from registry.evaluation_records import EvaluationSettings
 from registry.evaluation_rules import generation_problems
@@ -51,6 +52,8 @@ class Recipe:
     """As written, with overrides applied and paths made absolute: what is kept with the run."""
     notes: tuple[str, ...] = ()
     """What was read differently from how it was written, e.g. an alias."""
+    benchmarks: tuple[Benchmark, ...] = ()
+    """Those of `evaluation`, found."""
     evaluates: Evaluated | None = None
     """The model that is measured, of a recipe that trains nothing."""
 
@@ -83,7 +86,7 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
         rule, cure = "is not a mapping of settings", "E.g. {stage: sft, dataset: rows.jsonl}"
         raise InputError([Problem(f"stages.{key}", f"{shown(written[key])} {rule}", cure) for key in flat], title)
     name = _name(raw.get("name", Path(title).stem), problems)
-    evaluation = _evaluation(raw, problems)
+    evaluation, benchmarks = _evaluation(raw, problems)
     stages, unused = {}, list[dict[str, Problem]]()
     for stage_name, own in written.items():
         known = len(problems)
@@ -101,11 +104,13 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
     if problems:
         raise InputError(_each_once(problems), title)
     assert evaluation is not None
-    return Recipe(name, tuple(ordered), evaluation, raw, tuple(dict.fromkeys(notes)))
+    return Recipe(name, tuple(ordered), evaluation, raw, tuple(dict.fromkeys(notes)), benchmarks)
 
 
-def _evaluation(raw: Mapping[str, Any], problems: list[Problem]) -> EvaluationSettings | None:
-    """What is measured, and whether it can be together."""
+def _evaluation(
+    raw: Mapping[str, Any], problems: list[Problem]
+) -> tuple[EvaluationSettings | None, tuple[Benchmark, ...]]:
+    """What is measured, whether it can be together, and the benchmarks that are meant."""
     found: EvaluationSettings | None = read_record(
         EvaluationSettings, raw.get("evaluation", {}), lambda key: f"evaluation.{key}", problems
     )
@@ -116,7 +121,14 @@ def _evaluation(raw: Mapping[str, Any], problems: list[Problem]) -> EvaluationSe
         problems += generation_problems(found, lambda key: f"evaluation.{key}")
     for text in found.gate if found is not None else ():
         collect(problems, condition, text, "evaluation.gate")
-    return found
+    benchmarks: list[Benchmark] = []
+    for wanted in found.benchmarks if found is not None else ():
+        benchmark = collect(problems, find_benchmark, wanted, found, "evaluation.benchmarks")
+        if benchmark is not None and benchmark.name in [each.name for each in benchmarks]:
+            rule = f"{benchmark.name} stands there twice; each is reported by its name"
+            problems.append(Problem("evaluation.benchmarks", rule, "Remove one of them."))
+        benchmarks += [benchmark] if benchmark is not None else []
+    return found, tuple(benchmarks)
 
 
 def _evaluation_recipe(raw: Mapping[str, Any], title: str) -> Recipe:
@@ -130,7 +142,7 @@ def _evaluation_recipe(raw: Mapping[str, Any], title: str) -> Recipe:
     name, model = _name(raw.get("name", Path(title).stem), problems), raw["evaluate"]
     if not isinstance(model, str) or not model:
         problems.append(Problem("evaluate", f"{shown(model)} is no model", "Name one, as `llamatuner evaluate` does."))
-    evaluation = _evaluation(raw, problems)
+    evaluation, benchmarks = _evaluation(raw, problems)
     settings = _renamed({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, lambda key: key, notes)
     for key in ("stages", *settings):
         if key in raw and key not in READING:
@@ -146,7 +158,7 @@ def _evaluation_recipe(raw: Mapping[str, Any], title: str) -> Recipe:
     assert evaluation is not None
     assert stage is not None
     evaluated = Evaluated(model, stage, frozenset(kept))
-    return Recipe(name, (), evaluation, raw, tuple(dict.fromkeys(notes)), evaluated)
+    return Recipe(name, (), evaluation, raw, tuple(dict.fromkeys(notes)), benchmarks, evaluated)
 
 
 def _inherited(defaults: Mapping[str, Any], own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:

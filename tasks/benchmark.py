@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from registry.benchmarks import Benchmark
-from registry.recipe import StageSettings
+from registry.stage_settings import StageSettings
 from tasks.launch import run_program
 from tasks.steps import Input, LocalFolder, Step, Work
 from tasks.training import BASE_FILES, keep_log
@@ -58,6 +58,7 @@ def benchmark_step(
         runtime={
             "per_device_eval_batch_size": settings.runtime.per_device_eval_batch_size,
             "set_names": [benchmark.name],
+            "metrics": None,  # lm-eval knows
         },
         packages=("lm_eval",),
         heavy=True,
