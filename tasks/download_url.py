@@ -54,7 +54,7 @@ def fetch_url(url: str, folder: Path, where: str, events: Events) -> dict[str, A
         raise _refusal(error.code, url, where) from error
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
-        rule = f"{where}: {_shown(url)} cannot be reached, or broke off ({reason})"
+        rule = f"{where}: {shown_url(url)} cannot be reached, or broke off ({reason})"
         raise ProgramError("network", f"{rule}. Check the network, or download the file and name it.") from error
     part.rename(folder / name)
     mark.unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def _receive(
         http.client.IncompleteRead: less came than was announced.
     """
     if answer.headers.get_content_type() == "text/html":
-        rule = f"{_shown(answer.url)} is a web page, not a data file"
+        rule = f"{shown_url(answer.url)} is a web page, not a data file"
         raise InputError(Problem(where, rule, "Name the URL of the file itself, often called raw or resolve."))
     etag = answer.headers.get("ETag")
     if etag and not etag.startswith("W/"):
@@ -96,7 +96,7 @@ def _receive(
 
 
 def _refusal(status: int, url: str, where: str) -> Exception:
-    shown = _shown(url)
+    shown = shown_url(url)
     if status >= 500 or status in (*AGAIN, 416):
         return ProgramError("network", f"{where}: {shown} cannot be had now (HTTP {status}). Try again later.")
     if status in (401, 403):
@@ -108,7 +108,7 @@ def _refusal(status: int, url: str, where: str) -> Exception:
     return InputError(Problem(where, rule, cure))
 
 
-def _shown(url: str) -> str:
+def shown_url(url: str) -> str:
     """A URL without its query, which can hold a key."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"

@@ -194,6 +194,23 @@ def rollback(model: Annotated[str, typer.Argument(help="Registered model, RECIPE
     roll_back_model(model, json)
 
 
+@app.command()
+def lineage(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="RUN, RECIPE, either with :STAGE, an artifact, an exported folder or models:/NAME@champion; "
+            "or data: a file, a folder, a data set's name or the beginning of a digest."
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Show what a model came from, or which models have seen some data."""
+    from flows.cli.tracing import show_lineage
+
+    show_lineage(what, json)
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="models, datasets, stages, methods, templates or recipes")] = None,

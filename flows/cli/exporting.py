@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.cli.lineage import card_of, finished
+from flows.cli.card_facts import card_of, finished
 from flows.cli.output import DONE, FAILED, people, print_json, say_error
 from flows.graph import Pipeline, build
 from registry.errors import InputError, Problem, did_you_mean

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.lineage import finished
+from flows.cli.card_facts import finished
 from flows.cli.output import DONE, FAILED, people, print_json, say_error
 from flows.cli.rewards import print_rewards
 from flows.graph import Pipeline, build
