@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from flows.run_records import records
-from registry.errors import InputError, Problem, did_you_mean
+from flows.finished_runs import find_run, is_run, run_artifacts
+from flows.lineage import Lineage
+from flows.named_models import REGISTERED, find_model
+from registry.errors import InputError, Problem
 from registry.home import Home
 from tasks.artifacts import Artifact, Store
+from tasks.digests import DigestMemory
 from tasks.evaluation import read_answers
 from tasks.explain import flatten
 from tasks.intervals import limits
 from tasks.jsonlines import read_json_lines
-from tasks.measurements import Number, numbers
+from tasks.measurements import DRAWN, Number, numbers
+from tasks.steps import input_digest
 
 ABSENT = None
 Measurement = tuple[Artifact, list[str]]
@@ -44,28 +49,32 @@ class Side:
     befores: list[Measurement]
     """What measuring the model that the stage started from made; nothing where it was not measured."""
 
-    def model(self) -> Artifact:
-        """Its weights: the merge, or the training itself where that makes all of them."""
-        return self.artifacts.get(f"{self.stage}/merge") or self.artifacts[f"{self.stage}/train"]
+    def model(self) -> Artifact | None:
+        """Its weights: the merge, or the training itself where that makes all of them; None where no step made them."""
+        key = self.evaluations[0][0].manifest["inputs"]["model"].get("key")
+        return next((artifact for artifact in self.artifacts.values() if artifact.key == key), None)
 
     def curve(self) -> list[dict[str, Any]]:
-        """The lines of its training, one for each step that was logged."""
-        path = self.artifacts[f"{self.stage}/train"].path / "report" / "metrics.jsonl"
-        return read_json_lines(path) if path.is_file() else []
+        """The lines of its training, one for each step that was logged; none where nothing was trained."""
+        trained = [artifact for artifact in self.artifacts.values() if artifact.step == "train"]
+        path = trained[-1].path / "report" / "metrics.jsonl" if trained else None
+        return read_json_lines(path) if path is not None and path.is_file() else []
 
 
 def find_side(asked: str, home: Home) -> Side:
-    """A stage of a run: `RUN`, `RUN:STAGE`, `RECIPE` or `RECIPE:STAGE`.
+    """A stage of a run: `RUN`, `RUN:STAGE`, `RECIPE` or `RECIPE:STAGE`; or a model that was measured.
 
     Args:
-        asked: the beginning of a run's id, or a recipe's name, whose newest completed run it is; without a stage the
-            last one that was measured.
+        asked: the beginning of a run's id, or a recipe's name, whose newest completed run it is, without a stage the
+            last one that was measured; a folder, or `models:/NAME@ALIAS`.
         home: where runs are.
 
     Raises:
         InputError: no such run or stage, several runs, or one whose artifacts are gone.
     """
     wanted, _, stage = asked.partition(":")
+    if not is_run(wanted, home) and (asked.startswith(REGISTERED) or Path(asked).expanduser().is_dir()):
+        return _measured_model(asked, home)
     values = find_run(asked, wanted, home)
     measured: dict[str, dict[str, Any]] = values.get("measured", {})
     befores = {each["before"] for each in measured.values()}
@@ -81,53 +90,51 @@ def find_side(asked: str, home: Home) -> Side:
         return [(artifacts[title], names) for title, names in steps]
 
     own, before = made(stage), made(measured[stage]["before"])
-    behind = _behind([artifact for artifact, _ in own], artifacts)
+    titles = {artifact.key: title for title, artifact in artifacts.items()}
+    behind = _behind([artifact for artifact, _ in own], titles, Lineage(home))
     return Side(asked, values["id"], values["recipe"], stage, behind, own, before)
 
 
-def find_run(asked: str, wanted: str, home: Home) -> dict[str, Any]:
-    """The record of a completed run.
-
-    Args:
-        asked: for the error.
-        wanted: the beginning of its id, or a recipe's name, whose newest completed run it is.
-        home: where runs are.
+def _measured_model(asked: str, home: Home) -> Side:
+    """A model by any name it has, with everything that ever measured it.
 
     Raises:
-        InputError: no such run, or several.
+        InputError: there is no such model, or nothing measured it.
     """
-    known = [record.values for record in records(home) if record.values["status"] == "completed"]
-    found = [values for values in known if values["id"].startswith(wanted)]
-    found = found or [values for values in known if values["recipe"] == wanted][:1]
-    if len(found) != 1:
-        rule = f"{len(found)} completed runs begin with {wanted!r}" if found else "no completed run has that name"
-        names = list(dict.fromkeys(name for values in known for name in (values["recipe"], values["id"])))
-        raise InputError(Problem(asked, rule, f"{did_you_mean(wanted, names)} See `llamatuner runs`.".strip()))
-    return found[0]
+    found, lineage = find_model(asked, home, where=asked), Lineage(home)
+    digest = input_digest(found.model, Store(home), DigestMemory(home.digests))
+    measured = [a for a in lineage.measurements() if a.manifest["inputs"]["model"]["digest"] == digest]
+    measured = [artifact for artifact in measured if DRAWN in artifact.files]
+    if not measured:
+        rule = "is no completed run, and as a model it was not measured"
+        raise InputError(Problem(asked, rule, f"First `llamatuner evaluate {asked}`."))
+    own = [(artifact, lineage.set_names(artifact)) for artifact in measured]
+    return Side(asked, found.name, found.name, "", _behind(measured, {}, lineage), own, [])
 
 
-def run_artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Artifact]:
-    """Step → what it made, of a whole run."""
-    store, artifacts = Store(home), dict[str, Artifact]()
-    for step in values["steps"]:
-        title = f"{step['stage']}/{step['step']}"
-        artifact = store.find(step["step"].partition(":")[0], step["key"])
-        if artifact is None:
-            raise InputError(Problem(asked, f"what {title} made is gone or damaged", "Run the recipe again."))
-        artifacts[title] = artifact
-    return artifacts
+def _behind(last: list[Artifact], titles: dict[str, str], lineage: Lineage) -> dict[str, Artifact]:
+    """Step → artifact of some measurements and of all that they hang on, what is needed first.
 
+    Args:
+        last: the measurements.
+        titles: key → step, where a run tells; else it is stage and kind of step, with its label where those are taken.
+        lineage: of the home.
+    """
+    found: dict[str, Artifact] = {}
+    keys: set[str] = set()
 
-def _behind(last: list[Artifact], artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
-    """The artifacts that some hang on, and themselves, in the order of the run."""
-    by_key = {artifact.key: artifact for artifact in artifacts.values()}
-    wanted, keys = [*last], {artifact.key for artifact in last}
-    while wanted:
-        inputs = wanted.pop().manifest["inputs"].values()
-        found = [by_key[each["key"]] for each in inputs if each.get("key") in by_key.keys() - keys]
-        keys |= {artifact.key for artifact in found}
-        wanted += found
-    return {title: artifact for title, artifact in artifacts.items() if artifact.key in keys}
+    def visit(artifact: Artifact) -> None:
+        keys.add(artifact.key)
+        for link in lineage.links(artifact):
+            behind = lineage.get(link.key)
+            if behind is not None and behind.key not in keys:
+                visit(behind)
+        title = titles.get(artifact.key) or f"{artifact.manifest['stage']}/{artifact.step}"
+        found[title if title not in found else f"{title}:{artifact.manifest['label']}"] = artifact
+
+    for artifact in last:
+        visit(artifact)
+    return found
 
 
 def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[Any]]]:

@@ -218,8 +218,15 @@ class Lineage:
             memory[key] = Seen(frozenset(uses), frozenset(gone))
         return memory[key]
 
+    def set_names(self, measurement: Artifact) -> list[str]:
+        """What its data sets are called, in their order."""
+        positions = [role.partition(".")[2] for role in measurement.manifest["inputs"] if role.startswith("set.")]
+        return [self.set_name(measurement, position) for position in positions or ["0"]]
+
     def set_name(self, measurement: Artifact, position: str) -> str:
         """What the data set of a measurement is called; its position where the data are gone."""
+        if "benchmark" in measurement.manifest["identity"]:
+            return str(measurement.manifest["identity"]["benchmark"])
         link = next((each for each in self.links(measurement) if each.role == f"set.{position}"), None)
         tokenized = self.get(link.key) if link else None
         if tokenized is None:

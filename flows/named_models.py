@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.comparison import find_run, run_artifacts
+from flows.finished_runs import find_run, is_run, run_artifacts
+from flows.registrations import DIGEST_TAG, version_of
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
@@ -17,11 +17,9 @@ from tasks.artifacts import Artifact, Store
 from tasks.jsonlines import read_object
 from tasks.model import base_input
 from tasks.steps import Input, LocalFolder
-from tasks.tracking import mlflow_client
 from tasks.training import merge_step
 
-REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-DIGEST_TAG = "llamatuner.digest"
+REGISTERED = "models:"
 KEPT = ("default_system", "enable_thinking", "control_tokens", "template")
 """Of the render step of the stage that made a model: how rows are read for it."""
 
@@ -52,18 +50,16 @@ def find_model(asked: str, home: Home, revision: str = DEFAULT_REVISION, where: 
     Raises:
         InputError: it means nothing.
     """
-    if asked.startswith("models:"):
+    if asked.startswith(REGISTERED):
         return _registered(asked, home, where)
     folder = Path(asked).expanduser()
     if folder.is_dir():
         adapter = (folder / "adapter_config.json").is_file()
         return _adapter(folder.absolute(), where, home) if adapter else _base(asked, revision, home, where)
     wanted, _, stage = asked.partition(":")
-    known = [record.values for record in records(home)]
-    finished = [values for values in known if values["status"] == "completed"]
-    if any(values["id"].startswith(wanted) or values["recipe"] == wanted for values in finished):
+    if is_run(wanted, home):
         return _of_run(asked, wanted, stage, home)
-    if wanted in RECIPES or any(values["recipe"] == wanted for values in known):
+    if wanted in RECIPES or any(record.values["recipe"] == wanted for record in records(home)):
         rule = f"no run of the recipe {wanted} is finished"
         raise InputError(Problem(where, rule, f"First `llamatuner run {wanted}`."))
     return _base(asked, revision, home, where)
@@ -124,25 +120,10 @@ def _first(trained: Artifact, home: Home) -> NamedModel | None:
 
 def _registered(asked: str, home: Home, where: str) -> NamedModel:
     """A version of MLflow's registry: the artifact of its digest."""
-    from mlflow.exceptions import MlflowException
-
-    found = REGISTERED.fullmatch(asked)
-    if found is None:
-        cure = "E.g. models:/demo-sft@champion or models:/demo-sft/3."
-        raise InputError(Problem(where, f"{asked!r} names no version", cure))
-    client, name = mlflow_client(home), found["name"]
-    try:
-        version = (
-            client.get_model_version_by_alias(name, found["alias"])
-            if found["alias"]
-            else client.get_model_version(name, found["version"])
-        )
-    except MlflowException as error:
-        known = [f"models:/{each.name}" for each in client.search_registered_models()]
-        raise InputError(Problem(where, f"{asked}: {error}", did_you_mean(asked, known))) from error
+    version = version_of(asked, home)
     digest = version.tags.get(DIGEST_TAG)
     made = next((a for a in Store(home).all() if a.step in ("merge", "train") and a.digest == digest), None)
     if made is None:
         rule = f"{asked} has the digest {digest}, and no artifact of this home has it"
         raise InputError(Problem(where, rule, "Run its recipe again here, or export it there and name the folder."))
-    return NamedModel(Input(LocalFolder(made.path)), f"{name}-{version.version}", _first(made, home))
+    return NamedModel(Input(LocalFolder(made.path)), f"{version.name}-{version.version}", _first(made, home))

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flows.comparison import Measurement, Side, difference
+from flows.registrations import ALIAS, DIGEST_TAG, GATE_TAG, HISTORY_TAG
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import BASE, CHAMPION, Condition
@@ -23,9 +24,6 @@ from tasks.artifacts import Store
 from tasks.locks import locked
 from tasks.measurements import DRAWN, KINDS, Number, numbers
 from tasks.tracking import mlflow_client
-
-ALIAS = "champion"
-DIGEST_TAG, HISTORY_TAG, GATE_TAG = "llamatuner.digest", "llamatuner.champions", "llamatuner.gate"
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Registered:
     version: str
     """The candidate's."""
     run_id: str
+    digest: str
+    """Of the candidate's weights."""
     champion: str | None
     champion_digest: str | None
 
@@ -63,6 +63,9 @@ def find_registered(side: Side, client: Any) -> Registered:
     from mlflow.exceptions import MlflowException
 
     name, model = f"{side.recipe}-{side.stage}", side.model()
+    if model is None or model.manifest["stage"] != side.stage:
+        rule = "measures a model, and what is promoted is a stage of a run that trained it"
+        raise InputError(Problem(side.name, rule, "Name that run or recipe."))
     try:
         aliases = client.get_registered_model(name).aliases
         versions = {str(each.version): each for each in client.search_model_versions(f"name='{name}'")}
@@ -76,7 +79,7 @@ def find_registered(side: Side, client: Any) -> Registered:
         raise InputError(Problem(side.name, rule, "Run the recipe again with MLflow at hand; what is done is kept."))
     champion = str(aliases[ALIAS]) if ALIAS in aliases else None
     digest = versions[champion].tags.get(DIGEST_TAG) if champion in versions else None
-    return Registered(name, str(own.version), own.run_id, champion, digest)
+    return Registered(name, str(own.version), own.run_id, model.digest, champion, digest)
 
 
 def check_gate(side: Side, conditions: Sequence[Condition], champion: str | None, home: Home) -> list[Checked]:
@@ -160,7 +163,7 @@ def promote(side: Side, conditions: Sequence[Condition], home: Home) -> dict[str
         record = {
             "model": found.name,
             "version": found.version,
-            "digest": side.model().digest,
+            "digest": found.digest,
             "run": side.run,
             "stage": side.stage,
             "champion_before": found.champion,

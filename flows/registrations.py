@@ -6,12 +6,13 @@ import json
 import os
 from typing import Any
 
-from flows.promotion import ALIAS, DIGEST_TAG, GATE_TAG, HISTORY_TAG
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from tasks.tracking import TRACKING_URI, mlflow_client
 
+ALIAS = "champion"
+DIGEST_TAG, HISTORY_TAG, GATE_TAG = "llamatuner.digest", "llamatuner.champions", "llamatuner.gate"
 NOW, BEFORE = "now", "before"
 Version = dict[str, Any]
 """`name`, `version`, `champion` (`now`, `before` or None) and `gate` (`passed`, `failed` or None)."""

@@ -117,6 +117,9 @@ def _evaluation(
     if found is not None and "evaluate" not in raw and found.compare_with not in COMPARED:
         rule = f"{found.compare_with!r} is not {' or '.join(COMPARED)}"
         problems.append(Problem("evaluation.compare_with", rule, "Another model is for recipes with `evaluate`."))
+    if found is not None and "evaluate" in raw and found.gate:
+        rule = "a gate decides on a model that the recipe trains, and this one trains none"
+        problems.append(Problem("evaluation.gate", rule, "Use `llamatuner promote RUN --gate CONDITION`."))
     if found is not None:
         problems += generation_problems(found, lambda key: f"evaluation.{key}")
     for text in found.gate if found is not None else ():

@@ -177,7 +177,16 @@ class Outcome:
 
 def requirement(step: Step, name: str, store: Store, memory: DigestMemory) -> tuple[Path, str] | None:
     """Folder and digest of one input; None while the step that makes it is not done."""
-    wanted = step.inputs[name]
+    return _found(step.inputs[name], store, memory)
+
+
+def input_digest(wanted: Input, store: Store, memory: DigestMemory) -> str | None:
+    """The digest of an input; None while the step that makes it is not done."""
+    found = _found(wanted, store, memory)
+    return found[1] if found else None
+
+
+def _found(wanted: Input, store: Store, memory: DigestMemory) -> tuple[Path, str] | None:
     if isinstance(wanted.source, LocalFolder):
         files = memory.files(wanted.source.path)
         return wanted.source.path, content_digest(select(files, wanted.part))

@@ -1,4 +1,4 @@
-"""`llamatuner evaluate`: any model, its base beside it, the same numbers as a run's, and what is done is not done again."""
+"""`llamatuner evaluate`: any model, its base beside it, the numbers of a run, and nothing done twice."""
 
 from __future__ import annotations
 
@@ -54,6 +54,14 @@ def evaluate(capsys: Capture, *arguments: Any, code: int = 0) -> tuple[dict[str,
     return answer, err
 
 
+def compared(capsys: Capture, *asked: Any, code: int = 0) -> tuple[dict[str, Any], str]:
+    capsys.readouterr()
+    assert run_app(["compare", *map(str, asked), "--json"]) == code
+    out, err = capsys.readouterr()
+    answer: dict[str, Any] = json.loads(out)
+    return answer, err
+
+
 def recorded(home: Path) -> dict[str, Any]:
     """The newest run's record."""
     record: dict[str, Any] = json.loads(max((home / "runs").glob("*.json")).read_text())
@@ -99,23 +107,29 @@ def test_everything_at_once_has_numbers_with_intervals_and_leaves_its_rows(
 def test_two_models_are_compared_on_the_same_questions(data: Path, home: Path, capsys: Capture) -> None:
     asked = ("--benchmarks", data / "colours.yaml", "--perplexity", data / "held_out.jsonl")
     tuned, _ = evaluate(capsys, "toy", *asked)
-    first = recorded(home)["id"]
     plain, _ = evaluate(capsys, data / "model", *asked)
-    second = recorded(home)["id"]
     assert plain["results"] == tuned["base"]["results"]
-    capsys.readouterr()
-    assert run_app(["compare", first, second, "--json"]) == 0
-    out, told = capsys.readouterr()
-    metrics = {row["metric"]: row for row in json.loads(out)["metrics"]}
-    found = metrics["perplexity.held_out"]["differences"][1]
-    here, there = (answer["results"]["perplexity.held_out"]["value"] for answer in (plain, tuned))
-    assert found["value"] == pytest.approx(here - there)
-    assert (
-        metrics["accuracy.colours"]["differences"][1]["low"]
-        <= 0
-        <= metrics["accuracy.colours"]["differences"][1]["high"]
-    )
+    run, model = recorded(home)["id"], data / "model"  # measured already beside the other: no run of its own
+    answer, told = compared(capsys, run, model, "toy")
+    metrics = {row["metric"]: row for row in answer["metrics"]}
+    perplexities = metrics["perplexity.held_out"]
+    here, there = (found["results"]["perplexity.held_out"]["value"] for found in (plain, tuned))
+    assert perplexities["differences"][1]["value"] == pytest.approx(here - there)
+    assert perplexities["differences"][2] == {"value": 0.0, "low": 0.0, "high": 0.0, "real": False}
+    colours = metrics["accuracy.colours"]
+    assert colours["differences"][1]["low"] <= 0 <= colours["differences"][1]["high"]
+    assert colours["results"][2] is None  # the run of the recipe had no benchmark
     assert "accuracy.colours, 6 rows" in told
+    assert [side["name"] for side in answer["sides"]] == [run, str(model), "toy"]
+
+
+def test_a_model_that_nothing_measured_is_not_compared(data: Path, capsys: Capture) -> None:
+    answer, _ = compared(capsys, "toy", data / "none", code=2)
+    assert "no completed run has that name" in answer["error"]
+    evaluate(capsys, data / "model", "--perplexity", data / "held_out.jsonl")
+    (data / "other").mkdir(exist_ok=True)
+    answer, _ = compared(capsys, "toy", data / "other", code=2)
+    assert "not a whole model" in answer["error"]
 
 
 def test_an_adapter_is_measured_on_the_base_that_it_names(data: Path, home: Path, capsys: Capture) -> None:
@@ -143,12 +157,3 @@ def test_a_registered_version_is_the_artifact_of_its_digest(data: Path, home: Pa
         shutil.rmtree(artifact)
     answer, _ = evaluate(capsys, "models:/toy-sft/1", *asked, code=2)
     assert "no artifact of this home has it" in answer["error"]
-
-
-def test_a_gate_decides_on_nothing_that_no_stage_made(data: Path, capsys: Capture) -> None:
-    held_out = data / "held_out.jsonl"
-    answer, told = evaluate(
-        capsys, "toy", "--perplexity", held_out, "--set", 'evaluation.gate=["perplexity.held_out - base < 0"]'
-    )
-    assert answer["status"] == "completed"
-    assert answer["gate"] is None or answer["gate"]["passed"] in (True, False)

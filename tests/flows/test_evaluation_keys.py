@@ -160,8 +160,8 @@ def test_texts_are_told_from_conversations_by_their_rows(folder: Path) -> None:
         ({"evaluation": {"generate": "FOLDER/held_out.jsonl", "top_k": 3}}, "top_k: 3 has no effect without do_sample"),
         ({"evaluation": {"perplexity": "FOLDER/numbers.jsonl"}}, "the columns .*number.* are those of no known format"),
         (
-            {"evaluation": {"perplexity": "FOLDER/held_out.jsonl", "gate": ["accuracy.piqa > 0"]}},
-            "stage model has no accuracy.piqa. Known: bits_per_byte.held_out, perplexity.held_out",
+            {"evaluation": {"questions": ["a"], "gate": ["accuracy.piqa > 0"]}},
+            "evaluation.gate: a gate decides on a model that the recipe trains",
         ),
     ],
 )

@@ -173,7 +173,7 @@ def test_what_was_decided_is_kept_with_every_number(ids: dict[str, str], home: P
     [
         ("perplexity.held_out below 3", "is no condition. E.g."),
         ("perplexity.held_out - best < 0", "'best' is neither base nor champion"),
-        ("perplexity.heldout < 3", "perplexity.heldout was not measured. Did you mean perplexity.held_out?"),
+        ("perplexity.heldout < 3", "perplexity.heldout was not measured. Did you mean perplexity.held_out"),
     ],
 )
 def test_a_gate_that_makes_no_sense_moves_nothing(
