@@ -179,7 +179,7 @@ def requirement(step: Step, name: str, store: Store, memory: DigestMemory) -> tu
     """Folder and digest of one input; None while the step that makes it is not done."""
     wanted = step.inputs[name]
     if isinstance(wanted.source, LocalFolder):
-        files = memory.files(wanted.source.path)
+        files = memory.files(wanted.source.path, wanted.part)
         return wanted.source.path, content_digest(select(files, wanted.part))
     ready = prepare(wanted.source, store, memory)
     artifact = store.find(wanted.source.kind, ready.key) if ready else None

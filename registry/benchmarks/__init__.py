@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from registry.benchmarks.harness import harness_tasks
-from registry.benchmarks.task_files import SUBJECT, Definition, data_files, read_task, with_files, without_examples
+from registry.benchmarks.task_files import (
+    SUBJECT,
+    Definition,
+    data_files,
+    files_of,
+    read_task,
+    with_files,
+    without_examples,
+)
 from registry.core import Registry, user_path
 from registry.errors import InputError, Problem, did_you_mean
 from registry.evaluation_records import BenchmarkSettings, EvaluationSettings
@@ -147,7 +155,7 @@ def _data_folders(data_dir: str, name: str) -> list[Path]:
 def _folder(definition: Definition, folders: list[Path]) -> Path:
     """The first folder that has a file of a definition; else the first one."""
     names = [name.replace(SUBJECT, "*") for names in data_files(definition).values() for name in names]
-    return next((folder for folder in folders if any(next(folder.glob(name), None) for name in names)), folders[0])
+    return next((folder for folder in folders if any(files_of(folder, name) for name in names)), folders[0])
 
 
 def _require_examples(definition: Definition, shots: int, where: str) -> None:

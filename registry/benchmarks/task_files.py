@@ -209,7 +209,7 @@ def _checked(tasks: list[Definition], folder: Path, where: str, metadata: Mappin
         for split, names in data_files(task).items():
             found[split] = []
             for name in names:
-                there = _there(folder, name)
+                there = files_of(folder, name)
                 found[split] += there
                 if not there:
                     problems.append(Problem(where, f"{folder / name} is not there", CURE))
@@ -221,7 +221,7 @@ def _checked(tasks: list[Definition], folder: Path, where: str, metadata: Mappin
     return tasks
 
 
-def _there(folder: Path, name: str) -> list[str]:
+def files_of(folder: Path, name: str) -> list[str]:
     """The files that a name or pattern means, relative to the folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts or "://" in name:
         return []
