@@ -14,7 +14,7 @@ import pytest
 from flows.cli.looking import list_registries
 from registry.benchmarks import BENCHMARKS, Benchmark, find_benchmark
 from registry.benchmarks.harness import harness_tasks
-from registry.benchmarks.task_files import KEYS, METRICS, REFUSED, read_task
+from registry.benchmarks.task_files import KEYS, METRICS, REFUSED, data_files, read_task
 from registry.errors import InputError
 from registry.evaluation_records import BenchmarkSettings, EvaluationSettings
 
@@ -422,6 +422,18 @@ def test_shipped_files_are_task_files_of_anyone(tmp_path: Path) -> None:
     paths = sorted(Path(registry.benchmarks.__file__).parent.glob("*.yaml"))
     assert len(paths) == 11
     assert all(read_task(path)["task"] for path in paths)
+
+
+def test_the_task_file_of_the_guide_is_one(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = guide.partition("### A task of your own")[2].partition("```yaml\n")[2].partition("```")[0]
+    write(tmp_path, **{"own.yaml": text, "colours.jsonl": "{}", "examples.jsonl": "{}"})
+    found = find(str(tmp_path / "own.yaml"), num_fewshot=2)
+    assert (found.name, found.files) == ("colours", ("colours.jsonl", "examples.jsonl"))
+    for name, entry in BENCHMARKS.items():
+        assert f"`{name}`" in guide
+        for file in (file for files in data_files(entry.definition).values() for file in files):
+            assert file.replace("{subject}", "SUBJECT").removesuffix("*") in guide
 
 
 def test_the_list_shows_what_a_benchmark_is_and_reads(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,9 @@ class Run:
         return float(self.results[f"{metric}.0"]["value"])
 
 
-def directly(made: Step, folder: Path, batch_size: int, model: Any = None, **more: Any) -> Any:
+def directly(
+    made: Step, folder: Path, batch_size: int, model: Any = None, softmax_dtype: str | None = None, **more: Any
+) -> Any:
     """The same definitions run by lm-eval alone, from a file as a person would."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -135,6 +137,7 @@ def directly(made: Step, folder: Path, batch_size: int, model: Any = None, **mor
         pretrained=model or load_base(str(folder), torch.float32).eval(),
         tokenizer=AutoTokenizer.from_pretrained(folder),
         batch_size=batch_size,
+        softmax_dtype=softmax_dtype,
     )
     seed = made.identity.get("seed", 0)
     return lm_eval.simple_evaluate(
@@ -325,6 +328,19 @@ def test_an_adapter_is_measured_with_its_base(
         assert own["loglikelihoods"] == [answer[0][0] for answer in other["resps"]]
 
 
+def test_weights_in_bfloat16_are_scored_in_float32(
+    data: Path, folder: Path, settings: StageSettings, tmp_path: Path
+) -> None:
+    made = step("arc_easy", data, folder, settings)
+    made.identity["bf16"] = True
+    model = load_base(str(folder), torch.bfloat16).eval()
+    precise = directly(made, folder, 8, model, softmax_dtype="float32")["samples"]["arc_easy"]
+    coarse = directly(made, folder, 8, model)["samples"]["arc_easy"]
+    for own, other, rough in zip(Run(made, tmp_path, folder).samples, precise, coarse, strict=True):
+        assert own["loglikelihoods"] == [answer[0][0] for answer in other["resps"]]
+        assert all(answer[0][0] * 32 % 1 == 0 for answer in rough["resps"])
+
+
 def test_a_definition_that_lm_eval_cannot_use_is_said_with_its_words(
     data: Path, folder: Path, settings: StageSettings, tmp_path: Path
 ) -> None:
@@ -337,6 +353,19 @@ def test_a_definition_that_lm_eval_cannot_use_is_said_with_its_words(
         with pytest.raises(ProgramError, match=words) as caught:
             Run(made, tmp_path / words[:6].strip("'"), folder)
         assert caught.value.kind == "bad_setting"
+
+
+def test_data_of_the_hub_that_is_out_of_reach_is_a_matter_of_the_network(
+    data: Path, folder: Path, settings: StageSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    text = OWN.replace("json\ndataset_kwargs: {data_files: {test: rivers.jsonl}}", "acme/rivers")
+    (data / "hub.yaml").write_text(text)
+    made = step(str(data / "hub.yaml"), data, folder, settings)
+    assert set(made.inputs) == {"model"}
+    with pytest.raises(ProgramError, match="the data of rivers cannot be had") as caught:
+        Run(made, tmp_path, folder)
+    assert caught.value.kind == "network"
 
 
 def test_a_metric_is_named_as_people_know_it() -> None:

@@ -25,7 +25,7 @@ FOLDERS = {
     "truthfulqa_mc1": "truthfulqa",
 }
 MODEL = next(iter(sorted((Path.home() / ".llamatuner/artifacts/model").glob("SmolLM2-135M-Instruct-*"))), None)
-QUESTIONS = 4
+QUESTIONS = 3
 
 
 def files(name: str) -> Path:
