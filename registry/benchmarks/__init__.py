@@ -126,10 +126,7 @@ def _definition(name: str, data_dir: str | None, where: str) -> tuple[Definition
         path = user_path(name, where).absolute()
         if not path.is_file():
             raise InputError(Problem(where, f"the task file {path} does not exist", "Check the path."))
-        definition = read_task(path)
-        if SUBJECT in str(definition) and not (definition.get("metadata") or {}).get("group"):
-            raise InputError(Problem(f"{path}: metadata.group", "missing", f"{SUBJECT} needs a name for the whole."))
-        return definition, [*folders, path.parent]
+        return read_task(path), [*folders, path.parent]
     if name in BENCHMARKS and folders:
         return BENCHMARKS[name].definition, folders
     if name in harness_tasks():

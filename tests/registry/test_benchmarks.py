@@ -363,6 +363,10 @@ def test_a_task_file_may_take_its_data_from_the_hub(tmp_path: Path) -> None:
         ("metric_list: [{metric: bleu, hf_evaluate: true}]", "hf_evaluate is refused"),
         ("dataset_kwargs: {data_files: x.json, trust_remote_code: true}", "trust_remote_code: refused: it runs code"),
         ("dataset_kwargs: {}", "dataset_kwargs.data_files: missing"),
+        ("dataset_kwargs: {data_files: {test: 3}}", "{'test': 3} are no files"),
+        ("dataset_kwargs: {data_files: {test: x.jsonl}}", "fewshot_split: 'train' has no files. data_files has test"),
+        ("dataset_kwargs: {data_files: {test: '{subject}.jsonl'}}", "task: it needs {subject} as well"),
+        ("task: x_{subject}", "data_files: no file has {subject}"),
         ("dataset_path: /some/folder", "dataset_path: '/some/folder' is refused"),
         ("output_type: multiple_choices", "'multiple_choices' is not known. Did you mean multiple_choice"),
         ("test_split: null", "test_split: missing"),
@@ -402,7 +406,7 @@ def test_examples_need_a_split_that_is_not_asked(tmp_path: Path) -> None:
 def test_files_outside_of_the_folder_are_not_there(tmp_path: Path) -> None:
     write(tmp_path, **{"colours.jsonl": "{}"})
     for name in ("../colours.jsonl", str(tmp_path / "colours.jsonl"), "https://example.org/x.jsonl"):
-        text = OWN.replace("test: colours.jsonl, train: more.jsonl", f'test: "{name}"')
+        text = OWN.replace("test: colours.jsonl", f'test: "{name}"')
         path = write(tmp_path / "sub", **{"own.yaml": text}) / "own.yaml"
         assert "is not there" in refused(str(path))[0]
 
@@ -412,7 +416,8 @@ def test_subjects_of_a_task_file_of_ones_own_need_a_name_for_the_whole(tmp_path:
     files = {"own.yaml": text, "red.jsonl": "{}", "blue.jsonl": "{}", "more.jsonl": "{}"}
     path = write(tmp_path, **files) / "own.yaml"
     assert "metadata.group: missing" in refused(str(path))[0]
-    path.write_text(text.replace(", train: more.jsonl", "") + "metadata: {group: colours}\n")
+    text = text.replace(", train: more.jsonl", "").replace("fewshot_split: train\n", "")
+    path.write_text(text + "metadata: {group: colours}\n")
     assert [task["task"] for task in find(str(path)).tasks] == ["colours_blue", "colours_more", "colours_red"]
 
 
