@@ -51,7 +51,9 @@ class AskedModel(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, template: ChatTemplate | None, report: Report):
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        # in bfloat16 log-likelihoods are multiples of 1/32 to 1/4: choices tie, and of those the first one wins
+        precise = {"softmax_dtype": "float32"}
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", **precise)
         self.template, self.counter = template, Counter(report)
         self.without_system = 0
         """Chats whose system message the template refused."""

@@ -45,7 +45,8 @@ def work(spec: Spec, events: Events) -> None:
     (lm-eval's own results, configurations and versions) and `report/timings.json` (seconds).
 
     Raises:
-        ProgramError: `bad_setting` for a task that lm-eval cannot use, or that has no number of its own.
+        ProgramError: `bad_setting` for a task that lm-eval cannot use, or that has no number of its own; `network` when
+            its data cannot be had.
         InputError: a chat without a usable chat template.
     """
     output, settings = Path(spec.output), spec.settings
@@ -81,6 +82,9 @@ def work(spec: Spec, events: Events) -> None:
     asked = ask(asking, tasks, settings)
     if asking.without_system:
         note("the chat template takes no system message: the task's description is left out, as lm-eval does")
+    shots = settings["num_fewshot"]
+    if shots is not None and set(asked.results["n-shot"].values()) != {shots}:
+        note(f"num_fewshot {shots} has no effect: lm-eval's task fixes how many examples it shows")
     lap("asked")
     found = measures(asked, settings, note)
     if not found:
@@ -89,9 +93,8 @@ def work(spec: Spec, events: Events) -> None:
     write_results(output, {f"{name}.0": number for name, number in found.items()})
     write_lines(output / "samples.jsonl", sample_lines(asked))
     kept = {name: asked.results[name] for name in KEPT if name in asked.results}
-    (output / "report" / "lm_eval.json").write_text(
-        json.dumps(kept, indent=1, default=str, ensure_ascii=False), encoding="utf-8"
-    )
+    text = json.dumps(kept, indent=1, default=str, ensure_ascii=False)
+    (output / "report" / "lm_eval.json").write_text(text, encoding="utf-8")
     lap("numbers")
     (output / "report" / "timings.json").write_text(json.dumps(timings, indent=1), encoding="utf-8")
 
@@ -118,7 +121,8 @@ def load_tasks(spec: Spec) -> list[Any]:
     """lm-eval's tasks of a benchmark, with their data: one of them, or a group.
 
     Raises:
-        ProgramError: `bad_setting`; lm-eval cannot use the definition, or the rows do not fit it.
+        ProgramError: `bad_setting`; lm-eval cannot use the definition, or the rows do not fit it, or it runs programs
+            that a model wrote; `network` when the hub is out of reach.
     """
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
@@ -130,8 +134,9 @@ def load_tasks(spec: Spec) -> list[Any]:
     definition = settings["definition"]
     try:
         if definition is None:  # its index of its own tasks takes 20 s
-            manager = TaskManager()
-            loaded = manager.load([settings["benchmark"]])
+            loaded = TaskManager().load([settings["benchmark"]])
+            if any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+                raise ValueError("it runs programs that the model writes, which is not done here")
             return [{**loaded["tasks"], **loaded["groups"]}[settings["benchmark"]]]
         sandbox_templates()
         manager = TaskManager(include_defaults=False)
@@ -146,6 +151,9 @@ def load_tasks(spec: Spec) -> list[Any]:
         for task in tasks:
             group.add(task)
         return [group]
+    except ConnectionError as error:
+        cure = "Check the network, or set evaluation.data_dir to a folder with its files."
+        raise ProgramError("network", f"the data of {settings['benchmark']} cannot be had: {error}. {cure}") from error
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, TemplateError, DatasetsError) as error:
         cause = f"{type(error).__name__}: {error}"
         if error.__cause__ is not None:

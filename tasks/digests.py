@@ -6,11 +6,12 @@ two seconds; a file written again within the clock's grain would otherwise keep 
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -132,12 +133,17 @@ class DigestMemory:
             connection.execute("INSERT OR REPLACE INTO cuts VALUES (?, ?)", (str(path.resolve()), pieces))
             connection.commit()
 
-    def files(self, folder: Path) -> dict[str, tuple[int, str]]:
-        """Relative path → (size, sha256) of every file under a folder, hidden ones left out."""
-        found = {}
+    def files(self, folder: Path, patterns: Iterable[str] = ("*",)) -> dict[str, tuple[int, str]]:
+        """Relative path → (size, sha256) of the files under a folder that match a pattern, hidden ones left out.
+
+        Others are not read: a folder of benchmarks can hold a disk full of data.
+        """
+        found, wanted = {}, tuple(patterns)
         for path in sorted(folder.rglob("*")):
             relative = path.relative_to(folder)
-            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+                continue
+            if any(fnmatch.fnmatchcase(relative.as_posix(), pattern) for pattern in wanted):
                 found[relative.as_posix()] = (path.stat().st_size, self.sha256(path))
         return found
 

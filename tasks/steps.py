@@ -188,7 +188,7 @@ def input_digest(wanted: Input, store: Store, memory: DigestMemory) -> str | Non
 
 def _found(wanted: Input, store: Store, memory: DigestMemory) -> tuple[Path, str] | None:
     if isinstance(wanted.source, LocalFolder):
-        files = memory.files(wanted.source.path)
+        files = memory.files(wanted.source.path, wanted.part)
         return wanted.source.path, content_digest(select(files, wanted.part))
     ready = prepare(wanted.source, store, memory)
     artifact = store.find(wanted.source.kind, ready.key) if ready else None

@@ -213,7 +213,9 @@ def lineage(
 
 @app.command("list")
 def list_names(
-    kind: Annotated[str | None, typer.Argument(help="models, datasets, stages, methods, templates or recipes")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="models, datasets, stages, methods, templates, benchmarks or recipes")
+    ] = None,
     json: Json = False,
 ) -> None:
     """List what is known by name."""

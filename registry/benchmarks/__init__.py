@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from registry.benchmarks.harness import harness_tasks
-from registry.benchmarks.task_files import SUBJECT, Definition, data_files, read_task, with_files, without_examples
+from registry.benchmarks.task_files import (
+    SUBJECT,
+    Definition,
+    data_files,
+    files_of,
+    read_task,
+    with_files,
+    without_examples,
+)
 from registry.core import Registry, user_path
 from registry.errors import InputError, Problem, did_you_mean
 from registry.evaluation_records import BenchmarkSettings, EvaluationSettings
@@ -118,10 +126,7 @@ def _definition(name: str, data_dir: str | None, where: str) -> tuple[Definition
         path = user_path(name, where).absolute()
         if not path.is_file():
             raise InputError(Problem(where, f"the task file {path} does not exist", "Check the path."))
-        definition = read_task(path)
-        if SUBJECT in str(definition) and not (definition.get("metadata") or {}).get("group"):
-            raise InputError(Problem(f"{path}: metadata.group", "missing", f"{SUBJECT} needs a name for the whole."))
-        return definition, [*folders, path.parent]
+        return read_task(path), [*folders, path.parent]
     if name in BENCHMARKS and folders:
         return BENCHMARKS[name].definition, folders
     if name in harness_tasks():
@@ -147,7 +152,7 @@ def _data_folders(data_dir: str, name: str) -> list[Path]:
 def _folder(definition: Definition, folders: list[Path]) -> Path:
     """The first folder that has a file of a definition; else the first one."""
     names = [name.replace(SUBJECT, "*") for names in data_files(definition).values() for name in names]
-    return next((folder for folder in folders if any(next(folder.glob(name), None) for name in names)), folders[0])
+    return next((folder for folder in folders if any(files_of(folder, name) for name in names)), folders[0])
 
 
 def _require_examples(definition: Definition, shots: int, where: str) -> None:

@@ -103,7 +103,8 @@ def _problems(values: Definition, where: str) -> Iterator[Problem]:
             yield Problem(f"{where}: {key}", f"{values[key]!r} is not a {'mapping' if kind is dict else 'list'}")
             return
     yield from _metric_problems(values.get("metric_list") or [], f"{where}: metric_list")
-    yield from _source_problems(values, where)
+    problems = list(_source_problems(values, where))
+    yield from problems or _file_problems(values, where)
 
 
 def _metric_problems(metrics: list[Any], where: str) -> Iterator[Problem]:
@@ -126,6 +127,31 @@ def _source_problems(values: Definition, where: str) -> Iterator[Problem]:
     elif source is not None and source not in READERS and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
         cure = f"Write one of {', '.join(READERS)} and dataset_kwargs.data_files, or a data set of the hub."
         yield Problem(f"{where}: dataset_path", f"{source!r} is refused", cure)
+
+
+def _file_problems(values: Definition, where: str) -> Iterator[Problem]:
+    if values.get("dataset_path") not in READERS:
+        return
+    files, place = values["dataset_kwargs"]["data_files"], f"{where}: dataset_kwargs.data_files"
+    splits = list(files.values()) if isinstance(files, dict) else [files]
+    if not all(isinstance(name, str) for names in splits for name in (names if isinstance(names, list) else [names])):
+        yield Problem(place, f"{files!r} are no files", "Name the files: {test: questions.jsonl}.")
+        return
+    there = data_files(values)
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if values.get(key) and values[key] not in there:
+            yield Problem(f"{where}: {key}", f"{values[key]!r} has no files", f"data_files has {', '.join(there)}.")
+    if any(SUBJECT in name for names in there.values() for name in names):
+        if SUBJECT not in str(values.get("task")):
+            yield Problem(f"{where}: task", f"it needs {SUBJECT} as well, to tell the tasks apart")
+        if not (values.get("metadata") or {}).get("group"):
+            yield Problem(f"{where}: metadata.group", "missing", f"{SUBJECT} needs a name for the whole.")
+        if not values.get("metric_list"):
+            yield Problem(f"{where}: metric_list", "missing", "Name the metrics of the whole.")
+        if there.get(asked_split(values), [""])[0].count(SUBJECT) != 1:
+            yield Problem(place, f"the file of {asked_split(values)} needs {SUBJECT} once")
+    elif SUBJECT in str(values.get("task")):
+        yield Problem(place, f"no file has {SUBJECT}")
 
 
 def data_files(definition: Definition) -> dict[str, list[str]]:
@@ -209,7 +235,7 @@ def _checked(tasks: list[Definition], folder: Path, where: str, metadata: Mappin
         for split, names in data_files(task).items():
             found[split] = []
             for name in names:
-                there = _there(folder, name)
+                there = files_of(folder, name)
                 found[split] += there
                 if not there:
                     problems.append(Problem(where, f"{folder / name} is not there", CURE))
@@ -221,7 +247,7 @@ def _checked(tasks: list[Definition], folder: Path, where: str, metadata: Mappin
     return tasks
 
 
-def _there(folder: Path, name: str) -> list[str]:
+def files_of(folder: Path, name: str) -> list[str]:
     """The files that a name or pattern means, relative to the folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts or "://" in name:
         return []

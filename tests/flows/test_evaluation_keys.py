@@ -153,7 +153,7 @@ def test_texts_are_told_from_conversations_by_their_rows(folder: Path) -> None:
         ({"learning_rate": 1e-3}, "learning_rate: has no effect: a recipe with `evaluate` trains nothing"),
         ({"stages": {}}, "stages: has no effect"),
         ({"evaluate": 3}, "evaluate: 3 is no model"),
-        ({"evaluate": "models:/none"}, "'models:/none' names no version"),
+        ({"evaluate": "models:/none"}, "models:/none: is no address of a registered model"),
         ({"evaluate": "demo"}, "no run of the recipe demo is finished"),
         ({"evaluate": "smollm2-135m-instruc"}, "Did you mean smollm2-135m-instruct"),
         ({"evaluation": {"questions": ["a"], "compare_with": "FOLDER/none"}}, "evaluation.compare_with: the folder"),
