@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flows.measuring import HeldOut, Measured, held_out, known_metrics, measuring_steps
+from flows.measuring import ANY, HeldOut, Measured, held_out, known_metrics, measuring_steps
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import condition
 from registry.home import Home
@@ -150,8 +150,8 @@ def require_metrics(pipeline: Pipeline) -> None:
         rule = "nothing is measured on held-out rows"
         raise InputError(Problem("evaluation.gate", rule, "Set val_size, eval_dataset or evaluation.perplexity."))
     known = known_metrics(pipeline.measured[name].steps)
-    unknown = [each for each in conditions if known is not None and each.metric not in known]
-    if known is not None and unknown:
+    unknown = [each for each in conditions if not {each.metric, f"{ANY}.{each.metric.partition('.')[2]}"} & {*known}]
+    if unknown:
         raise InputError(
             [
                 Problem("evaluation.gate", f"{e.text!r}: stage {name} has no {e.metric}", did_you_mean(e.metric, known))

@@ -132,8 +132,14 @@ def measuring_steps(
     return tuple(steps)
 
 
-def known_metrics(steps: tuple[Step, ...]) -> list[str] | None:
-    """`<metric>.<set>` of everything that steps can measure; None where only the measuring will tell."""
-    if any(step.runtime["metrics"] is None for step in steps):
-        return None
-    return [f"{m}.{name}" for step in steps for name in step.runtime["set_names"] for m in step.runtime["metrics"]]
+ANY = "*"
+
+
+def known_metrics(steps: tuple[Step, ...]) -> list[str]:
+    """`<metric>.<set>` of everything that steps can measure; `*.<set>` where only the measuring will tell."""
+    return [
+        f"{metric}.{name}"
+        for step in steps
+        for name in step.runtime["set_names"]
+        for metric in step.runtime["metrics"] or (ANY,)
+    ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from registry.benchmarks import Benchmark
 from registry.stage_settings import StageSettings
+from tasks.benchmark_numbers import PLAIN, metric_name
 from tasks.launch import run_program
 from tasks.steps import Input, LocalFolder, Step, Work
 from tasks.training import BASE_FILES, keep_log
@@ -58,11 +59,20 @@ def benchmark_step(
         runtime={
             "per_device_eval_batch_size": settings.runtime.per_device_eval_batch_size,
             "set_names": [benchmark.name],
-            "metrics": None,  # lm-eval knows
+            "metrics": metrics_of(benchmark),
         },
         packages=("lm_eval",),
         heavy=True,
     )
+
+
+def metrics_of(benchmark: Benchmark) -> tuple[str, ...] | None:
+    """The numbers that a benchmark gives; None where lm-eval alone knows."""
+    if not benchmark.tasks or "metric_list" not in benchmark.tasks[0]:
+        return None
+    task = benchmark.tasks[0]
+    filters = [each["name"] for each in task.get("filter_list", [{"name": PLAIN[0]}])]
+    return tuple(metric_name(each["metric"], kind, len(filters)) for each in task["metric_list"] for kind in filters)
 
 
 def pattern(name: str) -> str:

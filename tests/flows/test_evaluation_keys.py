@@ -109,6 +109,26 @@ def test_texts_are_measured_whole_and_without_an_end(folder: Path) -> None:
     assert found["sft/tokenize:texts:watched"][1]["overlong"] == "split"
 
 
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("accuracy.colours >= 0.5", None),
+        ("acc.colours >= 0.5", "stage sft has no acc.colours. Did you mean accuracy.colours"),
+        ("accuracy.colour >= 0.5", "stage sft has no accuracy.colour. Did you mean accuracy.colours"),
+        ("bleu.held_out - base > 0", None),
+        ("acc_mutual_info.piqa > 0", None),  # of lm-eval's own tasks only lm-eval knows
+    ],
+)
+def test_a_gate_is_on_what_is_measured(folder: Path, condition: str, words: str | None) -> None:
+    asked = given(folder, gate=[condition])
+    asked["benchmarks"].append("piqa")
+    if words is None:
+        identities(folder, evaluation=asked)
+        return
+    with pytest.raises(InputError, match=words):
+        identities(folder, evaluation=asked)
+
+
 def titles(recipe: dict[str, Any]) -> list[str]:
     return [step.title for step in build(load_recipe(recipe), Home.open()).steps]
 
