@@ -8,6 +8,7 @@ Legend: r questions, n draws.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy
 from tasks.fingerprint import fingerprint
 from tasks.intervals import DRAWS, SEED, Array, drawn_ratios, drawn_sums
 from tasks.measurements import DOCUMENTS, Measure, measure
+from tasks.program import ProgramError
 
 NAMES = {"acc": "accuracy", "acc_norm": "accuracy_norm"}
 PLAIN = ("none",)
@@ -147,7 +149,7 @@ def _drawn(asked: Asked, metric: str, items: Sequence[Any]) -> Array | None:
             return None  # a mean over subjects is no number of the questions
     names = {id(AGGREGATION_REGISTRY[name]): name for name in AGGREGATION_REGISTRY}
     name = names.get(id(aggregations[0]), "")
-    if name in RATIOS:
+    if name in RATIOS and not (name in OF_TWO and not numpy.isin(numpy.asarray(items), (0, 1)).all()):
         return RATIOS[name](items)
     return None if name in SLOW or len(items) > MOST else drawn_again(items, aggregations[0])
 
@@ -183,10 +185,7 @@ def _brier(items: Sequence[Any]) -> Array:
 
 def _outcomes(items: Sequence[Any]) -> Array:
     """[n, 4] hits, false alarms, misses and right refusals of drawn pairs (gold, predicted) of 0 and 1."""
-    pairs = numpy.asarray(items, numpy.float64)
-    if not numpy.isin(pairs, (0, 1)).all():
-        raise ValueError("f1 and mcc are of two classes here")
-    gold, said = pairs[:, 0], pairs[:, 1]
+    gold, said = numpy.asarray(items, numpy.float64).T
     return drawn_sums(numpy.stack([gold * said, (1 - gold) * said, gold * (1 - said), (1 - gold) * (1 - said)], axis=1))
 
 
@@ -213,6 +212,22 @@ RATIOS: dict[str, Callable[[Sequence[Any]], Array]] = {
     "matthews_corrcoef": _mcc,
 }
 """lm-eval's name of an aggregation → its values for drawn questions, all at once."""
+OF_TWO = ("f1", "matthews_corrcoef")
+"""Of them, those that are so for two classes only."""
+
+
+def require_finite(asked: Asked) -> None:
+    """Refuse log-likelihoods that are no numbers: which choice is the likeliest then says nothing.
+
+    Raises:
+        ProgramError: `not_finite`.
+    """
+    for task, samples in asked.samples.items():
+        for sample in samples:
+            said = [answer if isinstance(answer, float) else answer[0] for [answer, *_] in sample["resps"]]
+            if any(isinstance(number, float) and math.isnan(number) for number in said):
+                rule = f"{task}, question {sample['doc_id']}: the log-likelihood is not a number"
+                raise ProgramError("not_finite", f"{rule}. The weights are broken; measure an earlier model.")
 
 
 def sample_lines(asked: Asked) -> Iterator[dict[str, Any]]:

@@ -46,7 +46,7 @@ def work(spec: Spec, events: Events) -> None:
 
     Raises:
         ProgramError: `bad_setting` for a task that lm-eval cannot use, or that has no number of its own; `network` when
-            its data cannot be had.
+            its data cannot be had; `not_finite` for a broken model.
         InputError: a chat without a usable chat template.
     """
     output, settings = Path(spec.output), spec.settings
@@ -67,7 +67,7 @@ def work(spec: Spec, events: Events) -> None:
     import datasets
 
     from tasks.benchmark_model import AskedModel, fast_tokenizer
-    from tasks.benchmark_numbers import measures, sample_lines
+    from tasks.benchmark_numbers import measures, require_finite, sample_lines
 
     lap("import")
     note("reading the questions")
@@ -80,6 +80,7 @@ def work(spec: Spec, events: Events) -> None:
     asking = AskedModel(model, tokenizer, spec.runtime["per_device_eval_batch_size"], template, _reporter(spec, events))
     note("asking")
     asked = ask(asking, tasks, settings)
+    require_finite(asked)
     if asking.without_system:
         note("the chat template takes no system message: the task's description is left out, as lm-eval does")
     shots = settings["num_fewshot"]

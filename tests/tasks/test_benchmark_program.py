@@ -6,6 +6,10 @@ import csv
 import json
 import math
 import random
+import shutil
+import threading
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from registry.benchmarks import find_benchmark
 from registry.errors import InputError
 from registry.evaluation_records import BenchmarkSettings, EvaluationSettings
+from registry.home import Home
 from registry.loading import load_recipe
 from registry.recipe import StageSettings
 from tasks.artifacts import Store
@@ -23,9 +28,10 @@ from tasks.benchmark import benchmark_step, pattern
 from tasks.benchmark_numbers import RATIOS, drawn_again, metric_name
 from tasks.benchmark_program import ready, work
 from tasks.digests import DigestMemory
-from tasks.measurements import DRAWN
+from tasks.intervals import SEED
+from tasks.measurements import DRAWN, numbers, read_results
 from tasks.program import Events, ProgramError, Spec
-from tasks.steps import Input, LocalFolder, Step, prepare
+from tasks.steps import Input, LocalFolder, Step, do, prepare
 from tasks.train.loading import load_base
 from tests.flows.toy import toy_recipe
 from tests.tiny import read_lines, tiny_model, write_spec
@@ -341,6 +347,16 @@ def test_weights_in_bfloat16_are_scored_in_float32(
         assert all(answer[0][0] * 32 % 1 == 0 for answer in rough["resps"])
 
 
+def test_a_broken_model_has_no_number(data: Path, folder: Path, settings: StageSettings, tmp_path: Path) -> None:
+    model = load_base(str(folder), torch.float32)
+    torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, math.nan)
+    shutil.copytree(folder, tmp_path / "broken")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ProgramError, match="arc_easy, question 0: the log-likelihood is not a number") as caught:
+        Run(step("arc_easy", data, folder, settings, limit=2), tmp_path / "run", tmp_path / "broken")
+    assert caught.value.kind == "not_finite"
+
+
 def test_a_definition_that_lm_eval_cannot_use_is_said_with_its_words(
     data: Path, folder: Path, settings: StageSettings, tmp_path: Path
 ) -> None:
@@ -398,8 +414,6 @@ def test_values_drawn_all_at_once_are_those_of_lm_evals_function(name: str, item
     import lm_eval.api.metrics  # noqa: F401 - which fills the registry
     from lm_eval.api.registry import AGGREGATION_REGISTRY
 
-    from tasks.intervals import SEED
-
     function = AGGREGATION_REGISTRY[name]
     drawn = RATIOS[name](items)
     assert drawn.shape == (2000,)
@@ -421,8 +435,6 @@ def test_other_numbers_are_drawn_with_lm_evals_own_function() -> None:
 
 
 def key(made: Step, home: Path) -> str:
-    from registry.home import Home
-
     ready_step = prepare(made, Store(Home(home)), DigestMemory(home / "digests.sqlite"))
     assert ready_step is not None
     return ready_step.key
@@ -436,8 +448,6 @@ def test_the_key_holds_what_changes_a_number_and_nothing_else(
     for own in ({"limit": 3}, {"apply_chat_template": True}):
         assert key(step("arc_easy", data, folder, settings, **own), home) != first
     other_batch = settings.runtime.model_copy(update={"per_device_eval_batch_size": 2})
-    from dataclasses import replace
-
     assert key(step("arc_easy", data, folder, replace(settings, runtime=other_batch)), home) == first
     assert key(step("arc_easy", data, folder, replace(settings, template="{{ messages }}")), home) == first
     moved = tmp_path / "moved"
@@ -452,6 +462,24 @@ def test_the_key_holds_what_changes_a_number_and_nothing_else(
     assert made.runtime == {"per_device_eval_batch_size": 8, "set_names": ["arc_easy"]}
     assert "seed" not in made.identity
     assert step("gsm8k", data, folder, settings).identity["seed"] == 42
+
+
+@pytest.mark.slow
+def test_the_step_makes_a_measurement_once(
+    data: Path, folder: Path, settings: StageSettings, tmp_path: Path, home: Path
+) -> None:
+    store, memory, seen = Store(Home.open()), DigestMemory(home / "digests.sqlite"), []
+    made = step("mmlu", data, folder, settings, num_fewshot=1)
+    first = do(made, store, memory, threading.Event(), seen.append)
+    assert first.state == "ran"
+    assert {event["unit"] for event in seen if event["kind"] == "progress"} == {"requests"}
+    assert do(made, store, memory, threading.Event(), seen.append).state == "cached"
+    (found,) = numbers(first.artifact, ["mmlu"])
+    assert (found.metric, found.set_name, found.drawn.shape) == ("accuracy", "mmlu", (2000,))
+    assert found.rows == found.result["documents"]
+    assert list(read_results(first.artifact.path, ["mmlu"])) == ["accuracy.mmlu"]
+    assert first.artifact.manifest["packages"] == {"lm_eval": version("lm_eval")}
+    assert set(first.artifact.manifest["inputs"]) == {"model", "data"}
 
 
 def test_a_pattern_means_one_file_whatever_it_is_called(tmp_path: Path) -> None:
