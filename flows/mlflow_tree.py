@@ -46,7 +46,10 @@ class MlflowTree:
         for name, stage in self._pipeline.stages.items():
             run_id = self._tracker.open(name, self._tracker.run_id, self._tags)
             self.stage_runs[name] = run_id
-            self._tracker.params(run_id, self._params(stage))
+            params = self._params(stage)
+            self._tracker.params(run_id, params)
+            # on the run of the whole as well: there MLflow's own page compares two runs
+            self._tracker.params(self._tracker.run_id, {f"{name}/{key}": value for key, value in params.items()})
 
     @staticmethod
     def _params(stage: StageSteps) -> dict[str, Any]:

@@ -162,14 +162,17 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="RUN, RUN:STAGE, RECIPE or RECIPE:STAGE.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN…", help="RUN, RUN:STAGE, RECIPE or RECIPE:STAGE; or a measured model.")
+    ],
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser as well.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep it in MLflow and on Prefect's pages as well.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what differs between finished runs, and whether it is more than chance."""
+    """Show what differs between finished runs, or models, and whether it is more than chance."""
     from flows.cli.comparing import compare_runs
 
-    compare_runs(runs, html, json)
+    compare_runs(runs, html, record, json)
 
 
 @app.command()

@@ -22,12 +22,13 @@ from tasks.number_picture import COLOURS
 LONGEST_VALUE = 30  # characters of a setting on a terminal
 
 
-def compare_runs(asked: list[str], page: Path | None, as_json: bool) -> None:
+def compare_runs(asked: list[str], page: Path | None, record: bool, as_json: bool) -> None:
     """Compare stages of finished runs.
 
     Args:
         asked: see `flows.comparison.find_side`.
         page: a file for a browser to write as well.
+        record: keep it in MLflow, and on the pages of a Prefect server.
         as_json: print one object for programs.
 
     Raises:
@@ -49,16 +50,22 @@ def compare_runs(asked: list[str], page: Path | None, as_json: bool) -> None:
         for number, text in enumerate(found):
             console.print(Text(f"   {letter(number)}: {'–' if text is None else text}"))
         console.print()
+    answer: dict[str, Any] = {
+        "sides": [{"name": side.name, "run": side.run, "stage": side.stage} for side in sides],
+        "settings": [{"setting": name, "values": values} for name, values in settings],
+        "metrics": [asdict(row) for row in numbers],
+        "answers": [{"question": question, "answers": found} for question, found in told],
+    }
+    html = comparison_page(sides, settings, numbers, told) if page or record else ""
     if page:
-        write_page(page, comparison_page(sides, settings, numbers, told))
+        write_page(page, html)
         console.print(f"page: {page}", markup=False, soft_wrap=True)
+    if record:
+        from flows.comparison_record import keep_comparison
+
+        kept = keep_comparison(sides, numbers, html, answer, home, lambda text: console.print(text, markup=False))
+        answer["mlflow_run_id"] = kept
     if as_json:
-        answer: dict[str, Any] = {
-            "sides": [{"name": side.name, "run": side.run, "stage": side.stage} for side in sides],
-            "settings": [{"setting": name, "values": values} for name, values in settings],
-            "metrics": [asdict(row) for row in numbers],
-            "answers": [{"question": question, "answers": found} for question, found in told],
-        }
         print_json(answer | ({"html": str(page)} if page else {}))
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from flows.cli.app import run_app
 from flows.comparison_page import FIRST_LINE
+from registry.home import Home
+from tasks.tracking import mlflow_client
 from tests.flows.conftest import Server
 from tests.flows.toy import toy_recipe
 from tests.flows.twins import work_here
@@ -95,6 +97,20 @@ def test_a_difference_is_that_of_paired_rows(runs: list[str], home: Path, capsys
     assert found["value"] == pytest.approx(row["results"][1]["value"] - row["results"][0]["value"])
     assert found["real"] == (not low <= 0 <= high)
     assert ("differs" in told, "may be chance" in told) == (found["real"], not found["real"])
+
+
+def test_a_comparison_is_kept_in_mlflow(runs: list[str], home: Path, capsys: Capture) -> None:
+    answer, told = ask(capsys, runs[0], runs[1], "--record")
+    client = mlflow_client(Home(home))
+    run = client.get_run(answer["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["llamatuner.compared"] == ",".join(runs[:2])
+    row = answer["metrics"][0]
+    assert run.data.metrics["perplexity.held_out/B"] == row["results"][1]["value"]
+    assert run.data.metrics["perplexity.held_out/B-A.low"] == row["differences"][1]["low"]
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"comparison.html", "comparison.json"} <= files
+    assert f"kept in MLflow: comparison.html of run {run.info.run_id}" in " ".join(told.split())
 
 
 def test_equal_models_do_not_differ_and_only_what_was_asked_of_both_is_shown_for_both(

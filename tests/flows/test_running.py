@@ -187,6 +187,7 @@ def test_the_mlflow_tree_holds_inputs_params_metrics_and_the_model(done: dict[st
     assert names["sft evaluation"].data.tags["mlflow.parentRunId"] == stage.info.run_id
     assert names["base evaluation"].data.tags["mlflow.parentRunId"] == root.info.run_id
     assert stage.data.params["learning_rate"] == "0.01"
+    assert root.data.params["sft/learning_rate"] == "0.01"
     assert [point.step for point in client.get_metric_history(stage.info.run_id, "loss")] == [1, 2, 3, 4]
     assert {i.dataset.name for i in stage.inputs.dataset_inputs} == {"train", "held_out"}
     files = {f.path for f in client.list_artifacts(stage.info.run_id, "train")}
