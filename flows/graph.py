@@ -277,6 +277,7 @@ def _stage(
     if train.eval_steps and not rows.watched:
         rule = f"eval_steps measures held-out rows of the stage's own kind ({kind.shape}), and there are none"
         raise InputError(Problem(f"stages.{stage}.eval_steps", rule, "Set val_size or eval_dataset."))
+    _require_best(stage, train.metric_for_best_model, list(rows.watched), kind.shape)
     adapter = None if train.create_new_adapter else _adapter(settings)  # a new one: the given one is in the base
     checkpoint = _checkpoint(settings)
     trained = train_step(
@@ -285,6 +286,15 @@ def _stage(
     adapts = METHODS[train.finetuning_type].makes == "adapter"
     model = merge_step(stage, label, base, Input(trained)) if adapts else trained
     return StageSteps(settings, rendered, tokenized, trained, model, rows)
+
+
+def _require_best(stage: str, metric: str, sets: list[str], shape: str) -> None:
+    """Refuse a best model by what is not measured while training."""
+    known = ["eval_loss", *(f"eval_loss/{name}" for name in sets if len(sets) > 1)]
+    known += ["eval_rewards/accuracies", "eval_rewards/margins"] if shape == "preference" else []
+    if metric not in known:
+        where, rule = f"stages.{stage}.metric_for_best_model", f"{metric!r} is not measured while training"
+        raise InputError(Problem(where, rule, did_you_mean(metric, known)))
 
 
 def _mixture(settings: StageSettings) -> dict[str, Any] | None:

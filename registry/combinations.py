@@ -68,7 +68,7 @@ NEEDS: tuple[Need, ...] = (
     Need(("kto_chosen_weight", "kto_rejected_weight"), {"stage": ("kto",)}),
     Need(("center_rewards_coefficient",), {"stage": ("rm",)}),
     Need(("center_rewards_coefficient",), {"center_rewards_coefficient": SET}, refused=False),
-    Need(("early_stopping_steps", "load_best_model_at_end"), {"eval_steps": SET}),
+    Need(("early_stopping_steps", "load_best_model_at_end", "metric_for_best_model"), {"eval_steps": SET}),
     Need(("ref_model",), {"stage": WITH_REFERENCE}),
     Need(tuple(OnlineSettings.model_fields), {"stage": ONLINE}),
     Need(tuple(PpoSettings.model_fields), {"stage": ("ppo",)}),

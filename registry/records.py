@@ -178,9 +178,12 @@ class TrainSettings(MethodSettings, LossSettings, OnlineSettings, PpoSettings, G
     eval_steps: Steps | None = None
     """Optimizer steps between two measurements of the held-out loss while training; nothing measures none."""
     early_stopping_steps: Steps | None = None
-    """Measurements without a lower held-out loss after which training ends."""
+    """Measurements without a better held-out value after which training ends."""
     load_best_model_at_end: bool = False
-    """Keep the weights with the lowest held-out loss, instead of the last ones."""
+    """Keep the weights with the best held-out value, instead of the last ones."""
+    metric_for_best_model: Text = "eval_loss"
+    """The held-out value that is meant: `eval_loss`, of one of several sets `eval_loss/<set>`; of pairs also
+    `eval_rewards/accuracies` and `eval_rewards/margins`, of which more is better."""
     bf16: bool = False
     """Frozen weights and arithmetic in bfloat16; what is trained, and optimizer state, stays float32."""
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from tasks.train.measure import StepSpeed, peak_bytes, peak_gib
 from tasks.train.trainer import TokenTrainer
 from tasks.training_estimate import MEASURED
 
-EVAL_LOSS = "eval_loss"
+EVAL_LOSS, HELD_OUT = "eval_loss", "eval_"
 SHOWN = ("loss", "grad_norm", "learning_rate", *MEASURED)  # of a line: what progress tells
 COUNTED = ("step", "tokens", "trained_tokens")  # of a line: what is no value of its own
 
@@ -88,15 +88,29 @@ def logged(lines: Sequence[dict[str, Any]], every: int) -> list[dict[str, Any]]:
     shown = []
     for start, end in pairwise([0, *ends]):
         part = lines[start:end]
-        held_out = {name: value for line in part for name, value in line.items() if name.startswith(EVAL_LOSS)}
+        held_out = {name: value for line in part for name, value in line.items() if name.startswith(HELD_OUT)}
         shown.append(part[-1] | held_out | {"loss": math.fsum(line["loss"] for line in part) / len(part)})
     return shown
 
 
-def best_line(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The line of the step with the lowest held-out loss, the earliest of equal ones; None without any."""
-    measured = [line for line in lines if EVAL_LOSS in line]
-    return min(measured, key=lambda line: float(line[EVAL_LOSS])) if measured else None
+def best_line(lines: Sequence[dict[str, Any]], metric: str = EVAL_LOSS) -> dict[str, Any] | None:
+    """The line of the step with the best held-out value, the earliest of equal ones; None without any.
+
+    >>> lines = [{"step": 1, "eval_loss": 2.0, "eval_rewards/margins": 0.1}, {"step": 2, "eval_loss": 1.0}]
+    >>> best_line(lines)["step"], best_line(lines, "eval_rewards/margins")["step"]
+    (2, 1)
+
+    Args:
+        lines: of the steps.
+        metric: `metric_for_best_model`; of a loss less is better, of anything else more.
+    """
+    measured = [line for line in lines if metric in line]
+    return min(measured, key=lambda line: rank(line, metric)) if measured else None
+
+
+def rank(line: Mapping[str, Any], metric: str) -> float:
+    """A held-out value so that less is better."""
+    return float(line[metric]) if metric.startswith(EVAL_LOSS) else -float(line[metric])
 
 
 class StepWatcher(TrainerCallback):
@@ -179,11 +193,17 @@ class CheckpointKeeper(TrainerCallback):
         lines: of the steps so far, kept in each.
         required: see `tasks.train.checkpoints.required_files`.
         record: what the base was, kept in each.
-        best: keep that of the lowest held-out loss as well.
+        best: keep that of the best held-out value of this name as well.
     """
 
     def __init__(
-        self, root: Path, keep: int, lines: StepLines, required: Set[str], record: dict[str, Any], best: bool = False
+        self,
+        root: Path,
+        keep: int,
+        lines: StepLines,
+        required: Set[str],
+        record: dict[str, Any],
+        best: str | None = None,
     ) -> None:
         self.root, self.keep, self.lines, self.required, self.best = root, keep, lines, required, best
         self.record = record
@@ -199,7 +219,7 @@ class CheckpointKeeper(TrainerCallback):
             self.lines.keep_in(folder)
             (folder / BASE_RECORD).write_text(json.dumps(self.record), encoding="utf-8")
             mark_whole(folder, self.required)
-            best = best_line(self.lines.lines) if self.best else None
+            best = best_line(self.lines.lines, self.best) if self.best else None
             rotate(self.root, self.keep, self.required, best["step"] if best else None)
 
 

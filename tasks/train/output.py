@@ -177,7 +177,7 @@ def require_finite(model: Any) -> None:
         raise ProgramError("not_finite", f"{bad[0]} and {len(bad) - 1} more weights are not finite after the last step")
 
 
-def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int) -> dict[str, Any]:
+def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int, best_by: str = EVAL_LOSS) -> dict[str, Any]:
     """The numbers of `train.json` that come from the steps' own lines; no clock in them."""
     losses = [line["loss"] for line in lines]
     count = max(1, math.ceil(len(losses) / 10))
@@ -187,9 +187,9 @@ def summary(lines: Sequence[dict[str, Any]], steps_per_epoch: int) -> dict[str, 
         for name in ("rewards/accuracies", "rewards/margins")
         if all(name in line for line in lines[-count:])
     }
-    best = best_line(lines)
+    best = best_line(lines, best_by)
     if best:
-        metrics |= {"best_step": best["step"], "best_eval_loss": best[EVAL_LOSS]}
+        metrics |= {"best_step": best["step"], f"best_{best_by}": best[best_by]}
     return metrics | {
         "steps": lines[-1]["step"],  # a given checkpoint may have some behind it whose lines nobody has
         "epochs": lines[-1]["step"] / steps_per_epoch,

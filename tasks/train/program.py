@@ -287,7 +287,7 @@ def _train(
     watcher = StepWatcher(events, lines, trainer, spec.runtime["logging_steps"], speed)
     watcher.repeat()
     trainer.remove_callback(PrinterCallback)
-    best = bool(spec.settings["train"].get("load_best_model_at_end"))
+    best = settings.get("metric_for_best_model") if settings.get("load_best_model_at_end") else None
     trainer.add_callback(CheckpointKeeper(root, spec.runtime["save_total_limit"], lines, required, record, best))
     trainer.add_callback(watcher)
     leaving = Leaving(trainer)
@@ -330,7 +330,7 @@ def _held_out(
 def _write(
     model: Any, spec: Spec, lines: list[dict[str, Any]], plan: BatchPlan, resumed_from: int, record: dict[str, Any]
 ) -> None:
-    from tasks.train.callbacks import logged
+    from tasks.train.callbacks import EVAL_LOSS, logged
     from tasks.train.curve import draw_curve
     from tasks.train.output import summary, write_artifact, write_json
 
@@ -342,7 +342,7 @@ def _write(
         spec.runtime.get("base_name", ""),
         record,
         spec.settings["train"],
-        summary(lines, plan.steps_per_epoch()),
+        summary(lines, plan.steps_per_epoch(), spec.settings["train"].get("metric_for_best_model", EVAL_LOSS)),
     )
     report.mkdir(parents=True, exist_ok=True)
     shown = logged(lines, spec.runtime["logging_steps"])

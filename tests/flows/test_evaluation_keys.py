@@ -198,3 +198,17 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(
     }
     with pytest.raises(InputError, match=words):
         titles(raw)
+
+
+@pytest.mark.parametrize(
+    ("metric", "cure"),
+    [
+        ("eval_los", "Did you mean eval_loss"),
+        ("eval_loss/held_out", "Did you mean eval_loss"),  # of one set alone it is eval_loss
+        ("eval_rewards/accuracies", "Known: eval_loss"),  # nothing is compared in this stage
+    ],
+)
+def test_the_best_model_is_by_what_is_measured_while_training(folder: Path, metric: str, cure: str) -> None:
+    stage = {"eval_steps": 2, "eval_dataset": str(folder / "held_out.jsonl"), "metric_for_best_model": metric}
+    with pytest.raises(InputError, match=rf"metric_for_best_model: '{metric}' is not measured while training\. {cure}"):
+        identities(folder, stage)

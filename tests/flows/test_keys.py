@@ -117,6 +117,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "eval_steps": (3, TRAINED),
         "early_stopping_steps": (2, TRAINED),
         "load_best_model_at_end": (True, TRAINED),
+        "metric_for_best_model": ("eval_rewards/margins", TRAINED),
     },
     RuntimeSettings: {
         "dataset_dir": ("FOLDER", NOTHING),
@@ -135,6 +136,7 @@ TWO_SETS = ["FOLDER/train.jsonl", "FOLDER/more.jsonl"]
 BESIDE: dict[str, dict[str, Any]] = {
     **{key: {"stage": "dpo"} for key in ("pref_loss", "pref_beta", "pref_ftx", "dpo_label_smoothing", "ref_model")},
     **{key: {"eval_steps": 3} for key in ("early_stopping_steps", "load_best_model_at_end")},
+    "metric_for_best_model": {"stage": "dpo", "eval_steps": 3, "val_size": 0.25},
     "simpo_gamma": {"stage": "dpo", "pref_loss": "simpo"},
     **{
         key: {"stage": "ppo", "reward_funcs": ["length"]}
@@ -171,7 +173,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 109
+    assert len(CASES) == 110
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])

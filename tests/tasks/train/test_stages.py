@@ -116,13 +116,12 @@ def test_held_out_loss_is_the_same_in_any_batches_and_changes_no_step(base: Path
     small = train(tmp_path / "small", base, stage, held_out=sets, eval_steps=2, per_device_eval_batch_size=1)
     large = train(tmp_path / "large", base, stage, held_out=sets, eval_steps=2, per_device_eval_batch_size=8)
     assert [line["loss"] for line in alone] == [line["loss"] for line in small] == [line["loss"] for line in large]
-    assert [sorted(name for name in line if "eval" in name) for line in small] == [
-        [],
-        ["eval_loss", "eval_loss/one", "eval_loss/two"],
-        ["eval_loss", "eval_loss/one", "eval_loss/two"],  # the last step is measured too
-    ]
+    pairs = ["eval_rewards/accuracies", "eval_rewards/margins"] if stage in ("dpo", "rm") else []
+    names = ["eval_loss", "eval_loss/one", "eval_loss/two", *pairs]
+    # the last step is measured too
+    assert [sorted(name for name in line if "eval" in name) for line in small] == [[], names, names]
     for line, other in zip(small[1:], large[1:], strict=True):
-        for name in ("eval_loss", "eval_loss/one", "eval_loss/two"):
+        for name in names:
             assert line[name] == pytest.approx(other[name], rel=1e-5)
     if stage in ("dpo", "rm"):  # counted in pairs: 5 and 3
         for line in small[1:]:
@@ -145,6 +144,21 @@ def test_the_best_weights_are_kept_and_training_ends_when_nothing_gets_better(ba
     before = saved.read_bytes()
     assert train(tmp_path / "run", base, "sft", **fields) == lines
     assert saved.read_bytes() == before
+
+
+def test_the_best_weights_are_those_of_the_metric_that_is_named(base: Path, tmp_path: Path) -> None:
+    sets = {"x": shards(tmp_path / "x", "dpo", 6)}
+    fields: dict[str, Any] = {"held_out": sets, "eval_steps": 1, "max_steps": 12, "learning_rate": 0.05}
+    fields |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracies"}
+    lines = train(tmp_path / "run", base, "dpo", **fields)
+    accuracies = [line["eval_rewards/accuracies"] for line in lines]
+    losses = [line["eval_loss"] for line in lines]
+    best = accuracies.index(max(accuracies)) + 1
+    assert best < losses.index(min(losses)) + 1  # of equal ones the first
+    numbers = json.loads((tmp_path / "run" / "output" / "train.json").read_text())
+    assert (numbers["best_step"], numbers["best_eval_rewards/accuracies"]) == (best, max(accuracies))
+    kept = tmp_path / "run" / "scratch" / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"
+    assert (tmp_path / "run" / "output" / "adapter_model.safetensors").read_bytes() == kept.read_bytes()
 
 
 def test_a_run_resumed_behind_its_best_step_goes_on_from_the_last_and_keeps_the_best(
