@@ -119,8 +119,9 @@ def test_a_chain_is_one_run_and_a_change_of_dpo_redoes_dpo_only(recipe: str) -> 
 
 def test_a_stage_is_compared_with_the_model_it_started_from(recipe: str, made: tuple[Path, Path]) -> None:
     side = find_side("three:dpo", Home(made[1]))
-    assert side.before is not None
-    assert side.before.manifest["inputs"]["model"]["digest"] == artifact(str(made[1]), "train", "three-sft").digest
+    ((before, names),) = side.befores
+    assert names == ["validation"]
+    assert before.manifest["inputs"]["model"]["digest"] == artifact(str(made[1]), "train", "three-sft").digest
 
 
 def test_the_card_of_a_chain_names_every_artifact_data_set_and_number(
