@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from registry.recipe import Recipe
@@ -17,6 +17,8 @@ from tasks.generation import generate_step
 from tasks.render import render_step
 from tasks.shards import tokenize_step
 from tasks.steps import Input, Step
+
+QUANT_SETTINGS = ("quant_bit", "quant_type", "double_quantization")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def measuring_steps(
         )
     for benchmark in recipe.benchmarks if text else ():
         steps.append(benchmark_step(stage, f"benchmark:{benchmark.name}{ending}", label, model, benchmark, settings))
+    train = settings.train
+    if recipe.evaluates is not None and train.quant_bit:  # else it is how a model is trained
+        quantised = {key: value for key, value in train.identity().items() if key in QUANT_SETTINGS}
+        return tuple(replace(step, identity=step.identity | {"quantised": quantised}) for step in steps)
     return tuple(steps)
 
 

@@ -24,6 +24,7 @@ ASKED = ("perplexity", "benchmarks", "generate", "questions")
 READING = [
     *("template", "cutoff_len", "overlong", "cut_answers", "mask_history", "train_on_prompt", "control_tokens"),
     *("default_system", "enable_thinking", "bad_rows", "bad_rows_limit", "max_samples", "model_revision", "bf16"),
+    *("quant_bit", "quant_type", "double_quantization"),
     *("dataset_dir", "preprocessing_num_workers", "per_device_eval_batch_size"),
 ]
 """Settings of a recipe that trains nothing."""

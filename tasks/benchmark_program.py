@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.benchmarks.task_files import data_files
-from tasks.evaluate_program import load, tokenizer_folder, write_lines
+from tasks.evaluate_program import load, optional_packages, tokenizer_folder, write_lines
 from tasks.measurements import write_results
 from tasks.program import Events, ProgramError, Spec, main
 
@@ -240,4 +240,4 @@ def prepare(spec: Spec) -> None:
 
 if __name__ == "__main__":
     prepare(Spec.read(sys.argv[1]))
-    main(work, uses=lambda spec: NEEDED)
+    main(work, uses=lambda spec: NEEDED | optional_packages(spec))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Report = Callable[[int, int], None]
 """Told what is done and what there is in all."""
+QUANTISED = "quantised"
+"""Setting: `quant_bit`, `quant_type` and `double_quantization` that the model is measured in."""
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON itself escapes the others
 
 
@@ -131,7 +133,7 @@ def load(spec: Spec) -> Any:
     import torch
 
     from tasks.rewards import require_reward_model
-    from tasks.train.loading import load_base
+    from tasks.train.loading import load_base, quantisation
     from tasks.train.lora import check_base
 
     scores = spec.settings.get("measure") == "reward"
@@ -141,12 +143,21 @@ def load(spec: Spec) -> Any:
     if adapter and "base_digest" in spec.settings:
         changes = check_base(adapter, spec.settings["base_digest"])
     dtype = torch.bfloat16 if spec.settings["bf16"] else torch.float32
-    model = load_base(spec.inputs["model"], dtype, scores, changes)
+    how = quantisation(spec.settings[QUANTISED] | {"bf16": spec.settings["bf16"]}) if QUANTISED in spec.settings else {}
+    model = load_base(spec.inputs["model"], dtype, scores, changes, **how)
     if adapter:
         from tasks.train.adapters import load_adapter
 
         model = load_adapter(model, adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if not getattr(model, "is_quantized", False):  # such weights lie where they were quantised
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval()
+
+
+def optional_packages(spec: Spec) -> set[str]:
+    """Which of `tasks.program.OPTIONAL` measuring needs: for weights that are quantised, or are to be."""
+    saved = json.loads((Path(spec.inputs["model"]) / "config.json").read_text(encoding="utf-8"))
+    return {"bitsandbytes"} if QUANTISED in spec.settings or "quantization_config" in saved else set()
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -167,4 +178,4 @@ def reporter(events: Events, unit: str, name: str) -> Report:
 
 
 if __name__ == "__main__":
-    main(work)
+    main(work, optional_packages)

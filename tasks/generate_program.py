@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.evaluate_program import reporter, write_lines
+from tasks.evaluate_program import load, optional_packages, reporter, write_lines
 from tasks.measurements import write_results
 from tasks.program import Events, Spec, Timings, main
 
@@ -34,19 +34,17 @@ def work(spec: Spec, events: Events) -> None:
     (output / "report").mkdir(parents=True, exist_ok=True)
     timings = Timings()
     events.emit("note", text="loading libraries")
-    import torch
+    import torch  # noqa: F401 - the first import of it is what takes long
 
     from registry.evaluation_records import GenerationSettings
     from tasks.answers import Chat, answer_prompts, ended
     from tasks.sequences import TokenizedRows
     from tasks.text_metrics import measure_answers
-    from tasks.train.loading import load_base
 
     timings.lap("import")
     chat = Chat.from_folder(Path(spec.inputs["model"]), settings["template"])
     events.emit("note", text="loading the model")
-    model = load_base(spec.inputs["model"], torch.bfloat16 if settings["bf16"] else torch.float32)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = load(spec)
     timings.lap("load")
     rows = TokenizedRows(Path(spec.inputs["set.0"]))
     prompts = [rows.piece(row, 0, int(length))[0].tolist() for row, length in enumerate(rows.lengths())]
@@ -84,4 +82,4 @@ def work(spec: Spec, events: Events) -> None:
 
 
 if __name__ == "__main__":
-    main(work)
+    main(work, optional_packages)

@@ -88,11 +88,11 @@ def loading_arguments(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["flash_attn"] != "auto":
         how["attn_implementation"] = ATTENTION[settings["flash_attn"]]
     if "quant_bit" in settings:
-        how |= _quantisation(settings)
+        how |= quantisation(settings)
     return how
 
 
-def _quantisation(settings: dict[str, Any]) -> dict[str, Any]:
+def quantisation(settings: dict[str, Any]) -> dict[str, Any]:
     """The base in 8 bits (LLM.int8, arXiv:2208.07339) or 4 (QLoRA, arXiv:2305.14314), on this process's device."""
     from transformers import BitsAndBytesConfig
 

@@ -157,3 +157,13 @@ def test_a_registered_version_is_the_artifact_of_its_digest(data: Path, home: Pa
         shutil.rmtree(artifact)
     answer, _ = evaluate(capsys, "models:/toy-sft/1", *asked, code=2)
     assert "no artifact of this home has it" in answer["error"]
+
+
+def test_a_model_is_measured_in_fewer_bits_than_it_has(data: Path, capsys: Capture) -> None:
+    asked = (data / "model", "--perplexity", data / "held_out.jsonl")
+    whole, _ = evaluate(capsys, *asked)
+    eight, _ = evaluate(capsys, *asked, "--set", "quant_bit=8")
+    values = [answer["results"]["perplexity.held_out"]["value"] for answer in (whole, eight)]
+    assert values[0] != values[1] == pytest.approx(values[0], rel=0.05)
+    again, _ = evaluate(capsys, *asked, "--set", "quant_type=nf4", "--set", "quant_bit=8")
+    assert again["status"] == "up-to-date"  # of 8 bits there is one kind
