@@ -42,13 +42,14 @@ class Translated:
 
     def notes(self, where: Where) -> list[str]:
         """What people are told: a line for each reading, and one for each reason."""
+        return [f"{where(key)} is read as {text}" for key, text in self.renamed.items()] + self.reasons(where)
+
+    def reasons(self, where: Where) -> list[str]:
+        """What has no effect, a line for each reason."""
         reasons: dict[str, list[str]] = {}
         for key, why in self.without_effect.items():
             reasons.setdefault(why, []).append(where(key))
-        return [
-            *(f"{where(key)} is read as {text}" for key, text in self.renamed.items()),
-            *(f"{', '.join(keys)}: no effect; {why}" for why, keys in reasons.items()),
-        ]
+        return [f"{', '.join(keys)}: no effect; {why}" for why, keys in reasons.items()]
 
 
 def translate(settings: Mapping[str, Any], where: Where) -> Translated:
@@ -121,10 +122,9 @@ def as_measurement(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Translated]:
     model = raw.get("adapter_name_or_path") or raw.get("model_name_or_path")
     model = model[0] if isinstance(model, list) and len(model) == 1 else model
     task = raw.get("task")
-    taken = ("task", "n_shot", "batch_size", "template") if task else (*DRAWN, *PREDICTING, "eval_dataset", "dataset")
-    names = {"model_name_or_path", "adapter_name_or_path", "name", "evaluation", *taken}
-    if not task:
-        names |= set(GenerationSettings.model_fields)
+    benchmark = ("task", "n_shot", "batch_size", "template", "seed")
+    answers = (*GenerationSettings.model_fields, *PREDICTING, "eval_dataset", "dataset")
+    names = {"model_name_or_path", "adapter_name_or_path", "name", "evaluation", *(benchmark if task else answers)}
     found = translate({key: value for key, value in raw.items() if key not in names}, lambda key: key)
     asked = _benchmark(raw, found) if task else _predicted(raw, found)
     kept = {key: value for key, value in found.settings.items() if key in READING or key not in FIELDS}
@@ -165,6 +165,7 @@ def _benchmark(raw: Mapping[str, Any], found: Translated) -> dict[str, Any]:
         found.settings["template"] = template
         asked["apply_chat_template"] = True
         found.renamed["template"] = "the same, and apply_chat_template: true of evaluation"
+    asked |= {"seed": raw["seed"]} if raw.get("seed") is not None else {}
     return asked | {"compare_with": "none"}
 
 

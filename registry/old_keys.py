@@ -322,10 +322,10 @@ OLD_KEYS: dict[str, OldKey] = dict(
 """Argument → what becomes of it."""
 
 _NAMES = """
-    accelerator_config dispatch_batches evaluate_during_training fp16_backend fp16_opt_level fsdp_min_num_params
-    fsdp_transformer_layer_cls_to_wrap generation_config half_precision_backend jit_mode_eval mp_parameters no_cuda
-    parallelism_config past_index sharded_ddp sortish_sampler split_batches torchdynamo tpu_metrics_debug tpu_num_cores
-    use_cpu use_ipex use_legacy_prediction_loop use_mps_device xpu_backend
+    accelerator_config activation_checkpointing dispatch_batches evaluate_during_training fp16_backend fp16_opt_level
+    fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap generation_config half_precision_backend jit_mode_eval
+    mp_parameters no_cuda parallelism_config past_index sharded_ddp sortish_sampler split_batches torchdynamo
+    tpu_metrics_debug tpu_num_cores use_cpu use_ipex use_legacy_prediction_loop use_mps_device xpu_backend
 """
 TRANSFORMERS = frozenset(_NAMES.split())
 """Arguments of transformers' `TrainingArguments`, of version 4 or 5, of which nothing more is known here."""
