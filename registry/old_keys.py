@@ -283,7 +283,7 @@ OLD_KEYS: dict[str, OldKey] = dict(
         *_refused(RECIPE, "Models are written by `llamatuner export`, --max-shard-size there.", export_size=()),
         *_refused(RECIPE, "Models are written by `llamatuner export`, --push-to-hub there.", export_hub_model_id=()),
         *_refused(RECIPE, "Models are written by `llamatuner export`.", "push_to_hub", export_device=()),
-        *_refused(RECIPE, "Models are written by `llamatuner export`, as safetensors.", export_legacy_format=()),
+        *_refused(RECIPE, "Models are written by `llamatuner export`, as safetensors.", "export_legacy_format"),
         *_refused(
             RECIPE,
             "Use `llamatuner export --push-to-hub OWNER/NAME`.",
