@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+from tests.flows.toy import write_rows
+from tests.tiny import tiny_model
 
 Config = dict[str, Any]
 MODEL: Config = {"model_name_or_path": "model", "trust_remote_code": True}
@@ -163,3 +170,47 @@ REFUSED: dict[str, tuple[Config, set[str]]] = {
     ),
 }
 """Name → config, and what its errors are about."""
+
+INFO = {
+    "identity": {"file_name": "identity.json"},
+    "rows": {"file_name": "rows.jsonl", "columns": {"prompt": "instruction", "response": "output"}},
+    "wiki": {"file_name": "wiki.jsonl", "columns": {"prompt": "text"}},
+    "pairs": {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt"}
+    | {"columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
+    "marked": {"file_name": "marked.json", "formatting": "sharegpt"}
+    | {"columns": {"messages": "messages", "kto_tag": "label"}}
+    | {"tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}},
+}
+
+
+def make_workplace(folder: Path) -> Path:
+    """A working directory as LLaMA-Factory has one, with `data/dataset_info.json`, and a tiny model in it."""
+    (folder / "data").mkdir()
+    tiny_model(folder / "model")
+    write_rows(folder / "data" / "rows.jsonl", 12)
+    write_rows(folder / "lines", 24, "hello")
+    identity = [json.loads(line) for line in (folder / "lines").read_text().splitlines()]
+    asked = [{"from": "human", "value": "hi"}]
+    pairs = [
+        {"conversations": asked, "chosen": {"from": "gpt", "value": f"good {n}"}, "rejected": _said(f"bad {n}")}
+        for n in range(12)
+    ]
+    turns = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"answer {n}"}] for n in range(12)]
+    marked = [{"messages": turn, "label": n % 2 == 0} for n, turn in enumerate(turns)]
+    wiki = "".join(json.dumps({"text": f"Line {n} of a text about lines."}) + "\n" for n in range(12))
+    (folder / "data" / "wiki.jsonl").write_text(wiki)
+    for name, rows in (("identity", identity), ("pairs", pairs), ("marked", marked)):
+        (folder / "data" / f"{name}.json").write_text(json.dumps(rows))
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(INFO))
+    return folder
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+def write_config(folder: Path, name: str, config: dict[str, Any]) -> str:
+    (folder / "examples").mkdir(exist_ok=True)
+    path = folder / "examples" / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return f"examples/{name}.yaml"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flows.cli.app import run_app
 from flows.cli.old_commands import read_arguments, read_config
@@ -17,49 +15,14 @@ from registry.home import Home
 from registry.loading import load_recipe
 from registry.recipe import Recipe
 from tasks.devices import cuda_devices
-from tests.flows.old_configs import GOOD, REFUSED, SFT
-from tests.flows.toy import write_rows
-from tests.tiny import tiny_model
+from tests.flows.old_configs import GOOD, REFUSED, SFT, make_workplace, write_config
 
 Capture = pytest.CaptureFixture[str]
-INFO = {
-    "identity": {"file_name": "identity.json"},
-    "rows": {"file_name": "rows.jsonl", "columns": {"prompt": "instruction", "response": "output"}},
-    "wiki": {"file_name": "wiki.jsonl", "columns": {"prompt": "text"}},
-    "pairs": {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt"}
-    | {"columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
-    "marked": {"file_name": "marked.json", "formatting": "sharegpt"}
-    | {"columns": {"messages": "messages", "kto_tag": "label"}}
-    | {"tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}},
-}
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory as LLaMA-Factory has one: `data/dataset_info.json`, a model, a folder of outputs."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "data").mkdir()
-    tiny_model(folder / "model")
-    write_rows(folder / "data" / "rows.jsonl", 12)
-    write_rows(folder / "lines", 24, "hello")
-    identity = [json.loads(line) for line in (folder / "lines").read_text().splitlines()]
-    asked = [{"from": "human", "value": "hi"}]
-    pairs = [
-        {"conversations": asked, "chosen": {"from": "gpt", "value": f"good {n}"}, "rejected": _said(f"bad {n}")}
-        for n in range(12)
-    ]
-    turns = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"answer {n}"}] for n in range(12)]
-    marked = [{"messages": turn, "label": n % 2 == 0} for n, turn in enumerate(turns)]
-    wiki = "".join(json.dumps({"text": f"Line {n} of a text about lines."}) + "\n" for n in range(12))
-    (folder / "data" / "wiki.jsonl").write_text(wiki)
-    for name, rows in (("identity", identity), ("pairs", pairs), ("marked", marked)):
-        (folder / "data" / f"{name}.json").write_text(json.dumps(rows))
-    (folder / "data" / "dataset_info.json").write_text(json.dumps(INFO))
-    return folder
-
-
-def _said(text: str) -> dict[str, str]:
-    return {"from": "gpt", "value": text}
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
 @pytest.fixture
@@ -69,15 +32,8 @@ def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace
 
 
-def write(folder: Path, name: str, config: dict[str, Any]) -> str:
-    (folder / "examples").mkdir(exist_ok=True)
-    path = folder / "examples" / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return f"examples/{name}.yaml"
-
-
 def read(folder: Path, name: str, config: dict[str, Any]) -> Recipe:
-    raw, _ = read_config([write(folder, name, config)])
+    raw, _ = read_config([write_config(folder, name, config)])
     return load_recipe(raw)
 
 
@@ -129,7 +85,7 @@ def test_a_configs_words_may_be_the_defaults_of_stages(here: Path) -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_an_imported_config_means_the_same(here: Path, name: str, tmp_path: Path, capsys: Capture) -> None:
-    path, out = write(here, name, GOOD[name]), tmp_path / f"{name}.yaml"
+    path, out = write_config(here, name, GOOD[name]), tmp_path / f"{name}.yaml"
     assert run_app(["import", path, "--out", str(out)]) == 0
     found, meant = load_recipe(str(out)), read(here, name, GOOD[name])
     assert [(s.data, s.train) for s in found.stages] == [(s.data, s.train) for s in meant.stages]
@@ -139,7 +95,7 @@ def test_an_imported_config_means_the_same(here: Path, name: str, tmp_path: Path
 
 
 def test_import_says_what_was_renamed_and_what_has_no_effect(here: Path, capsys: Capture) -> None:
-    path = write(here, "qlora_8", GOOD["qlora_8"])
+    path = write_config(here, "qlora_8", GOOD["qlora_8"])
     assert run_app(["import", path]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "quant_bit: 8  # was quantization_bit" in lines
@@ -147,7 +103,7 @@ def test_import_says_what_was_renamed_and_what_has_no_effect(here: Path, capsys:
 
 
 def test_import_writes_over_nothing(here: Path, tmp_path: Path, capsys: Capture) -> None:
-    path, out = write(here, "qlora_8", GOOD["qlora_8"]), tmp_path / "mine.yaml"
+    path, out = write_config(here, "qlora_8", GOOD["qlora_8"]), tmp_path / "mine.yaml"
     out.write_text("mine")
     assert run_app(["import", path, "--out", str(out)]) == 2
     assert out.read_text() == "mine"
@@ -179,7 +135,7 @@ def test_eval_without_a_benchmark_names_the_command(here: Path, capsys: Capture)
 def test_what_somebody_else_put_into_output_dir_is_not_touched(here: Path, home: Path, capsys: Capture) -> None:
     (here / "mine").mkdir(exist_ok=True)
     (here / "mine" / "model.safetensors").write_text("mine")
-    path = write(here, "mine", SFT | {"output_dir": "mine"})
+    path = write_config(here, "mine", SFT | {"output_dir": "mine"})
     assert run_app(["train", path]) == 2
     assert "LLamaTuner has not written it. Name another folder" in capsys.readouterr().err
     assert not (home / "artifacts").exists()
