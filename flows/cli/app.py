@@ -138,10 +138,15 @@ def export(
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Write the model of a finished run as a folder that others can load, with its model card."""
+    """Write the model of a finished run as a folder that others can load, with its model card; or merge an adapter, as
+    a config of LLaMA-Factory says."""
     from flows.cli.exporting import Wanted, export_recipe
+    from flows.cli.merging import export_merged, merge_config
 
     wanted = Wanted(stage, to, adapter, dtype, max_shard_size, push_to_hub, private)
+    config = merge_config(recipe, overrides or [])
+    if config is not None:
+        raise typer.Exit(export_merged(config, wanted, json))
     raise typer.Exit(export_recipe(recipe, overrides or [], wanted, json))
 
 

@@ -74,7 +74,7 @@ def write_model(recipe: Recipe, name: str, wanted: Wanted, console: Console) -> 
     Raises:
         InputError: as `export_recipe`.
     """
-    dtype, size = _checked(wanted)
+    dtype, size = checked(wanted)
     home = Home.open()
     pipeline = build(recipe, home)
     stage = _stage(pipeline, wanted)
@@ -93,7 +93,7 @@ def write_model(recipe: Recipe, name: str, wanted: Wanted, console: Console) -> 
     base = card.base.hub_id if wanted.adapter and card.on_base else None
     folder = Exported(artifact, target, None if dtype == saved else dtype, None if wanted.adapter else size, base)
     try:
-        files = export(folder, card.text(), home, _Progress(console))
+        files = export(folder, card.text(), home, Progress(console))
     except OSError as error:
         say_error(f"{target} was not written: {error}")
         return None
@@ -108,7 +108,7 @@ def write_model(recipe: Recipe, name: str, wanted: Wanted, console: Console) -> 
     return answer
 
 
-def _checked(wanted: Wanted) -> tuple[str | None, int]:
+def checked(wanted: Wanted) -> tuple[str | None, int]:
     """Dtype and bytes of a file; everything that is wrong with the options at once."""
     problems: list[Problem] = []
     dtype, size = None, 0
@@ -175,7 +175,7 @@ def _answer(card: Card, artifact: Artifact, target: Path, files: dict[str, int])
     }
 
 
-class _Progress:
+class Progress:
     """A line for what takes longer than two seconds: what is done and how much of it."""
 
     def __init__(self, console: Console) -> None:

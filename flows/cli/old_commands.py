@@ -111,13 +111,13 @@ def _target(raw: dict[str, Any]) -> Path | None:
     if not isinstance(raw.get("output_dir"), str):
         return None
     target = Path(raw["output_dir"]).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _written(target))):
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not written_digest(target))):
         rule = f"{target} is there, and LLamaTuner has not written it"
         raise InputError(Problem("output_dir", rule, "Name another folder, or remove it first."))
     return target
 
 
-def _written(folder: Path) -> str | None:
+def written_digest(folder: Path) -> str | None:
     """Digest of the model that an export has written here."""
     card = folder / "README.md"
     found = DIGEST.search(read_text(card)) if card.is_file() else None
@@ -137,7 +137,7 @@ def _write(raw: dict[str, Any], target: Path, as_json: bool) -> int:
     adapter = METHODS[steps.settings.train.finetuning_type].makes == "adapter"
     made = {line.step.title: line.artifact for line in plan(pipeline, Store(Home.open()))}
     artifact = made[(steps.trained if adapter else steps.model).title]
-    written = _written(target)
+    written = written_digest(target)
     if artifact is not None and written == artifact.digest:
         console.print(f"{target}: the model is there already", markup=False, soft_wrap=True)
         return DONE

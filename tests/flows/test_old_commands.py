@@ -65,6 +65,14 @@ def test_a_config_is_trained_into_its_output_and_the_next_one_starts_there(here:
     answer, _ = train(capsys, write_config(here, "predict", predict))
     assert answer["status"] == "completed"
     assert answer["results"]["model"]["bleu.rows"]["rows"] == 2
+    merge = MODEL | {"adapter_name_or_path": "saves/sft", "template": "qwen", "finetuning_type": "lora"}
+    merge |= {"export_dir": "merged", "export_size": 2, "export_device": "cpu", "export_legacy_format": False}
+    for _ in "ab":  # a second time there is nothing to do
+        assert run_app(["export", write_config(here, "merge", merge), "--json"]) == 0
+        merged = json.loads(capsys.readouterr().out)
+        assert (merged["folder"], (here / "merged" / "model.safetensors").is_file()) == (str(here / "merged"), True)
+    # the merge that the run itself made
+    assert merged["digest"] == next(step["digest"] for step in first["steps"] if step["step"] == "merge")
     other, said = train(capsys, sft, "learning_rate=0.01")
     assert (other["status"], "is " + str(here / "saves" / "sft.replaced-1") in " ".join(said.split())) == (
         "completed",
