@@ -13,7 +13,7 @@ help:
 	@echo "make bench-train MODEL=FOLDER   time LoRA training beside TRL's (about 10 minutes; needs the oracle folder)"
 	@echo "make bench-ppo MODEL=FOLDER PEER=FOLDER   time PPO beside TRL 1.12 in PEER (about 5 minutes)"
 	@echo "make bench-memory   estimated and measured memory of training (about 15 minutes)"
-	@echo "make docs   write docs/settings.md anew from the settings"
+	@echo "make docs   write docs/settings.md and docs/coming-from-llama-factory.md anew from the tables"
 	@echo "make lock   write requirements.lock anew from what pyproject.toml allows"
 
 install:
@@ -35,6 +35,7 @@ bench-data: install
 
 docs: install
 	@$(BIN)/python -m registry.settings_page > docs/settings.md
+	@$(BIN)/python -m registry.old_keys_page > docs/coming-from-llama-factory.md
 
 bench-train: install
 	@$(BIN)/python -m tests.benchmarks.train $(MODEL) $(BENCH)

@@ -16,18 +16,12 @@ from registry.errors import InputError, Problem, did_you_mean, shown
 from registry.evaluation_records import EvaluationSettings
 from registry.evaluation_rules import generation_problems
 from registry.gates import condition
+from registry.old_configs import as_recipe, translate
 from registry.recipe_paths import absolute_paths
-from registry.stage_settings import ALIASES, NAME, RECIPE_KEYS, StageSettings, collect, read_record, read_stage
+from registry.stage_settings import NAME, READING, RECIPE_KEYS, StageSettings, collect, read_record, read_stage
 
 COMPARED = ("base", "none")
 ASKED = ("perplexity", "benchmarks", "generate", "questions")
-READING = [
-    *("template", "cutoff_len", "overlong", "cut_answers", "mask_history", "train_on_prompt", "control_tokens"),
-    *("default_system", "enable_thinking", "bad_rows", "bad_rows_limit", "max_samples", "model_revision", "bf16"),
-    *("quant_bit", "quant_type", "double_quantization"),
-    *("dataset_dir", "preprocessing_num_workers", "per_device_eval_batch_size"),
-]
-"""Settings of a recipe that trains nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +66,9 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
     """
     if not isinstance(raw, dict) or not raw:
         raise InputError(Problem("", "a recipe is a mapping of settings", "See `llamatuner list recipes`."), title)
-    raw = absolute_paths(raw, folder)
-    problems: list[Problem] = []
-    notes: list[str] = []
+    raw, notes, problems = as_recipe(absolute_paths(raw, folder))
     if "evaluate" in raw:
-        return _evaluation_recipe(raw, title)
+        return _evaluation_recipe(raw, title, notes, problems)
     defaults = {key: value for key, value in raw.items() if key not in RECIPE_KEYS}
     written = raw.get("stages", {str(defaults.get("stage", "sft")): {}})
     if not isinstance(written, dict) or not written:
@@ -92,9 +84,11 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
     for stage_name, own in written.items():
         known = len(problems)
         where = _places(str(stage_name), own, defaults, "stages" in raw)
-        settings = _renamed(_inherited(defaults, own, written), where, notes)
-        stage, without_effect = read_stage(str(stage_name), settings, where, evaluation, problems)
-        own_keys = {where(ALIASES.get(key, key)) for key in own}
+        found = translate(_inherited(defaults, own, written), where)
+        notes += found.notes(where)
+        problems += found.problems
+        stage, without_effect = read_stage(str(stage_name), found.settings, where, evaluation, problems)
+        own_keys = {where(key) for key in found.settings if found.origins.get(key, key) in own}
         problems += [problem for problem in without_effect if problem.where in own_keys]
         unused.append({problem.where: problem for problem in without_effect})
         if stage is not None and len(problems) == known:
@@ -135,19 +129,23 @@ def _evaluation(
     return found, tuple(benchmarks)
 
 
-def _evaluation_recipe(raw: Mapping[str, Any], title: str) -> Recipe:
+def _evaluation_recipe(raw: Mapping[str, Any], title: str, notes: list[str], problems: list[Problem]) -> Recipe:
     """A recipe that measures a model and trains none.
+
+    Args:
+        raw: as it is kept.
+        title: the file, for the error.
+        notes, problems: of what was read so far.
 
     Raises:
         InputError: everything that is wrong, at once.
     """
-    problems: list[Problem] = []
-    notes: list[str] = []
     name, model = _name(raw.get("name", Path(title).stem), problems), raw["evaluate"]
     if not isinstance(model, str) or not model:
         problems.append(Problem("evaluate", f"{shown(model)} is no model", "Name one, as `llamatuner evaluate` does."))
     evaluation, benchmarks = _evaluation(raw, problems)
-    settings = _renamed({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, lambda key: key, notes)
+    found = translate({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, lambda key: key)
+    notes, problems, settings = notes + found.notes(lambda key: key), problems + found.problems, found.settings
     for key in ("stages", *settings):
         if key in raw and key not in READING:
             rule = "has no effect: a recipe with `evaluate` trains nothing"
@@ -209,12 +207,3 @@ def _name(value: Any, problems: list[Problem]) -> str:
 def _places(stage: str, own: Mapping[str, Any], defaults: Mapping[str, Any], nested: bool) -> Any:
     """Key → where it is written, or would be: in the stage, or at the top as a default."""
     return lambda key: f"stages.{stage}.{key}" if nested and (key in own or key not in defaults) else key
-
-
-def _renamed(settings: dict[str, Any], where: Any, notes: list[str]) -> dict[str, Any]:
-    renamed = {}
-    for key, value in settings.items():
-        if key in ALIASES:
-            notes.append(f"{where(key)} is read as {ALIASES[key]}")
-        renamed[ALIASES.get(key, key)] = value
-    return renamed

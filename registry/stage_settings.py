@@ -47,10 +47,20 @@ ALIASES = {
     "quantization_bit": "quant_bit",
     "quantization_type": "quant_type",
     "double_quant": "double_quantization",
+    "new_special_tokens": "add_special_tokens",
+    "use_liger_kernel": "enable_liger_kernel",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "max_completion_length": "max_new_tokens",
     "num_iterations": "ppo_epochs",
 }
-EXPORT_OPTIONS = {"export_dir": "--to", "export_size": "--max-shard-size", "export_hub_model_id": "--push-to-hub"}
+READING = [
+    *("template", "cutoff_len", "overlong", "cut_answers", "mask_history", "train_on_prompt", "control_tokens"),
+    *("default_system", "enable_thinking", "bad_rows", "bad_rows_limit", "max_samples", "model_revision", "bf16"),
+    *("quant_bit", "quant_type", "double_quantization"),
+    *("dataset_dir", "preprocessing_num_workers", "per_device_eval_batch_size"),
+]
+"""Settings of a recipe that trains nothing."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 
 
@@ -83,14 +93,6 @@ class StageSettings:
         return {key: value for key, value in named.items() if value is not None}
 
 
-def _cure(key: str) -> str:
-    """What to write instead of an unknown key."""
-    if key.startswith("export_"):  # a recipe says what to train
-        option = f", {EXPORT_OPTIONS[key]} there" if key in EXPORT_OPTIONS else ""
-        return f"Models are written by `llamatuner export`{option}."
-    return did_you_mean(key, [*FIELDS, *RECIPE_KEYS])
-
-
 def read_stage(
     name: str,
     settings: dict[str, Any],
@@ -102,7 +104,7 @@ def read_stage(
     """A stage, where it is valid; and what is written in it, or above it, without effect."""
     for key in settings:
         if key not in FIELDS:
-            problems.append(Problem(where(key), "unknown key", _cure(str(key))))
+            problems.append(Problem(where(key), "unknown key", did_you_mean(str(key), [*FIELDS, *RECIPE_KEYS])))
     if not NAME.fullmatch(name):
         problems.append(Problem(f"stages.{name}", "not a stage name", "Letters, digits, dot, dash, underscore."))
     stage = settings.get("stage", "sft")

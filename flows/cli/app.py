@@ -42,6 +42,36 @@ def run(recipe: Recipe, overrides: Overrides = None, json: Json = False, strict_
     raise typer.Exit(run_recipe(recipe, overrides or [], json, strict_versions))
 
 
+AS_TYPED = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=AS_TYPED, options_metavar="[CONFIG] [--key value]… [key=value]…")
+def train(ctx: typer.Context, json: Json = False) -> None:
+    """Train from a config or flags of LLaMA-Factory; the model goes to output_dir. `run` is the same for recipes."""
+    from flows.cli.old_commands import train_config
+
+    raise typer.Exit(train_config(ctx.args, json))
+
+
+@app.command("eval", context_settings=AS_TYPED, options_metavar="[CONFIG] [--key value]… [key=value]…")
+def evaluate_task(ctx: typer.Context, json: Json = False) -> None:
+    """Measure a benchmark from a config of LLaMA-Factory; `evaluate` does more."""
+    from flows.cli.old_commands import evaluate_config
+
+    raise typer.Exit(evaluate_config(ctx.args, json))
+
+
+@app.command("import")
+def import_config(
+    config: Annotated[str, typer.Argument(help="A config of LLaMA-Factory or of the earlier LLamaTuner.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="New file; standard output by default.")] = None,
+) -> None:
+    """Write a config as the recipe it means, with what was renamed and what has no effect."""
+    from flows.cli.importing import import_recipe
+
+    import_recipe(config, out)
+
+
 @app.command()
 def prepare(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> None:
     """Do the data steps only: fetch, render, tokenize."""
@@ -108,10 +138,15 @@ def export(
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Write the model of a finished run as a folder that others can load, with its model card."""
+    """Write the model of a finished run as a folder that others can load, with its model card; or merge an adapter, as
+    a config of LLaMA-Factory says."""
     from flows.cli.exporting import Wanted, export_recipe
+    from flows.cli.merging import export_merged, merge_config
 
     wanted = Wanted(stage, to, adapter, dtype, max_shard_size, push_to_hub, private)
+    config = merge_config(recipe, overrides or [])
+    if config is not None:
+        raise typer.Exit(export_merged(config, wanted, json))
     raise typer.Exit(export_recipe(recipe, overrides or [], wanted, json))
 
 

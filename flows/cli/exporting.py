@@ -15,6 +15,7 @@ from flows.graph import Pipeline, build
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.loading import load_recipe
+from registry.recipe import Recipe
 from registry.stages import METHODS
 from tasks.artifacts import Artifact
 from tasks.card import Card
@@ -52,10 +53,30 @@ def export_recipe(name: str, overrides: list[str], wanted: Wanted, as_json: bool
     Raises:
         InputError: options that cannot be, a run that is not finished, a target that is not free.
     """
-    console = people(as_json)
-    dtype, size = _checked(wanted)
+    answer = write_model(load_recipe(name, overrides), name, wanted, people(as_json))
+    if as_json and answer is not None:
+        print_json(answer)
+    return FAILED if answer is None else DONE
+
+
+def write_model(recipe: Recipe, name: str, wanted: Wanted, console: Console) -> dict[str, Any] | None:
+    """Write the folder, and send it where it is asked for.
+
+    Args:
+        recipe: whose model it is; its run is finished.
+        name: what people call it.
+        wanted: what, and where.
+        console: for people.
+
+    Returns:
+        What programs are told; None: the disk or the hub failed, and that was said.
+
+    Raises:
+        InputError: as `export_recipe`.
+    """
+    dtype, size = checked(wanted)
     home = Home.open()
-    pipeline = build(load_recipe(name, overrides), home)
+    pipeline = build(recipe, home)
     stage = _stage(pipeline, wanted)
     steps = pipeline.stages[stage]
     own = pipeline.measured.get(stage)
@@ -72,10 +93,10 @@ def export_recipe(name: str, overrides: list[str], wanted: Wanted, as_json: bool
     base = card.base.hub_id if wanted.adapter and card.on_base else None
     folder = Exported(artifact, target, None if dtype == saved else dtype, None if wanted.adapter else size, base)
     try:
-        files = export(folder, card.text(), home, _Progress(console))
+        files = export(folder, card.text(), home, Progress(console))
     except OSError as error:
         say_error(f"{target} was not written: {error}")
-        return FAILED
+        return None
     console.print(f"{target}: {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB", markup=False, soft_wrap=True)
     answer = _answer(card, artifact, target, files)
     if wanted.push_to_hub:
@@ -83,13 +104,11 @@ def export_recipe(name: str, overrides: list[str], wanted: Wanted, as_json: bool
             answer["commit"] = _push(console, target, wanted.push_to_hub, card)
         except PushFailed as error:
             say_error(str(error))
-            return FAILED
-    if as_json:
-        print_json(answer)
-    return DONE
+            return None
+    return answer
 
 
-def _checked(wanted: Wanted) -> tuple[str | None, int]:
+def checked(wanted: Wanted) -> tuple[str | None, int]:
     """Dtype and bytes of a file; everything that is wrong with the options at once."""
     problems: list[Problem] = []
     dtype, size = None, 0
@@ -156,7 +175,7 @@ def _answer(card: Card, artifact: Artifact, target: Path, files: dict[str, int])
     }
 
 
-class _Progress:
+class Progress:
     """A line for what takes longer than two seconds: what is done and how much of it."""
 
     def __init__(self, console: Console) -> None:

@@ -67,7 +67,7 @@ def _problems(config: Any, where: str) -> list[Problem]:
         for key in BATCHES
         if config.get(key, AUTO) != AUTO
     ]
-    if config.get("fp16", {}).get("enabled", False) is not False:
+    if config.get("fp16", {}).get("enabled", False) not in (False, AUTO):
         problems.append(Problem(f"{where}: fp16", "there is no fp16 training", "Use bf16 in the recipe."))
     if config.get("bf16", {}).get("enabled", AUTO) != AUTO:
         problems.append(Problem(f"{where}: bf16.enabled", "the recipe says it, with bf16", "Write auto."))

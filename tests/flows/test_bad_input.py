@@ -22,12 +22,12 @@ SETTINGS: list[tuple[str, str, list[str]]] = [
     (
         "LLaMA-Factory's key of an export",
         "export_dir=out",
-        ["export_dir: unknown key. Models are written by `llamatuner export`, --to there."],
+        ["export_dir: a recipe says what to train. Models are written by `llamatuner export`, --to there."],
     ),
     (
         "another one, without an option",
         "export_device=cpu",
-        ["export_device: unknown key. Models are written by `llamatuner export`."],
+        ["export_device: a recipe says what to train. Models are written by `llamatuner export`."],
     ),
     ("unknown key of evaluation", "evaluation.question=[x]", ["evaluation.question: unknown key. Did you mean quest"]),
     ("unicode key", "stages.sft.学习率=1", ["stages.sft.学习率: unknown key"]),

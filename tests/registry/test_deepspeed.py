@@ -30,7 +30,7 @@ def test_every_ready_config_is_one_that_deepspeed_takes() -> None:
     [
         ({"optimizer": {"type": "Adam"}}, "optimizer: the recipe says it, with learning_rate and weight_decay"),
         ({"train_batch_size": 8}, "train_batch_size: 8 may say another thing than the recipe"),
-        ({"fp16": {"enabled": "auto"}}, "fp16: there is no fp16 training"),
+        ({"fp16": {"enabled": True}}, "fp16: there is no fp16 training"),
         ({"bf16": {"enabled": True}}, "bf16.enabled: the recipe says it, with bf16"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4 is no stage"),
         ([1], "not a DeepSpeed config"),
