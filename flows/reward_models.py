@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flows.named_models import NamedModel, find_model
-from registry.errors import InputError, Problem, did_you_mean
+from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.stage_settings import StageSettings
 from tasks.rewards import require_reward_model
@@ -40,8 +40,9 @@ def find_reward_model(asked: str, recipe: str, stages: Mapping[str, StageSteps],
     try:
         found = find_model(asked, home, where=WHERE)
     except InputError as error:
-        cure = did_you_mean(asked, [name for name, each in stages.items() if each.settings.train.stage == "rm"])
-        raise InputError([Problem(each.where, each.rule, cure or each.cure) for each in error.problems]) from error
+        known = [name for name, each in stages.items() if each.settings.train.stage == "rm"]
+        more = f" Stages of kind rm: {', '.join(known)}." if known else ""
+        raise InputError([Problem(each.where, each.rule, each.cure + more) for each in error.problems]) from error
     if isinstance(found.model.source, LocalFolder):
         require_reward_model(found.model.source.path, WHERE)
     return found

@@ -23,6 +23,7 @@ from tasks.training import BASE_FILES, REWARD_MODEL, keep_log
 VERSION = 1
 ANSWER, REFERENCE, BASE = "answer", "reference", "base"
 SCORE, WIN_RATES = "reward_score", {REFERENCE: "win_rate_reference", BASE: "win_rate_base"}
+ANSWER_FILES = ("answers.jsonl",)
 READING = ("template", "default_system", "enable_thinking", "control_tokens", "bf16")
 """How a reward model reads a conversation."""
 
@@ -66,10 +67,14 @@ def win_rate_step(
     """
     prompts = generated.inputs["set.0"].source
     assert isinstance(prompts, Step)
-    inputs = {"model": Input(model.source, BASE_FILES), "set.0": Input(prompts), "answers": Input(generated)}
+    inputs = {
+        "model": Input(model.source, BASE_FILES),
+        "set.0": Input(prompts),
+        "answers": Input(generated, ANSWER_FILES),
+    }
     inputs |= {"rows": Input(_behind(prompts, "rendered", "rows"), (f"{ROWS}/*", f"{ROWS}.json"))}
     if base is not None:
-        inputs |= {"base_prompts": Input(_behind(base, "set.0")), "base_answers": Input(base)}
+        inputs |= {"base_prompts": Input(_behind(base, "set.0")), "base_answers": Input(base, ANSWER_FILES)}
     defaults = {"template": None, "default_system": None, "enable_thinking": None, "control_tokens": "plain"}
     return Step(
         stage=stage,
@@ -103,7 +108,7 @@ def win_rate(work: Work) -> dict[str, Any]:
     spec = work.spec()
     run_program(
         "tasks.win_rate_program",
-        replace(spec, runtime=spec.runtime | {"digests": work.digests}),
+        replace(spec, runtime=spec.runtime | {"digests": work.digests | {"reading": fingerprint(work.identity)}}),
         work.folder,
         work.emit,
         work.stop,
@@ -117,14 +122,15 @@ def win_rate_results(rows: Sequence[ScoredRow], digests: Mapping[str, str]) -> d
 
     >>> scores = [{"answer": 2.0, "reference": 1.0}, {"answer": 0.5, "reference": 0.5}, {"answer": 0.0}]
     >>> rows = [ScoredRow(0, number, each) for number, each in enumerate(scores)]
-    >>> found = win_rate_results(rows, {"rows": "a", "reward_model": "b"})
+    >>> found = win_rate_results(rows, {"rows": "a", "reward_model": "b", "reading": "c"})
     >>> found["reward_score"].result["value"], found["win_rate_reference"].result["value"]
     (0.8333333333333334, 0.75)
 
     Args:
         rows: at least one of them with a score of the answer.
-        digests: of the inputs. Numbers of two models belong together where the same reward model read answers to the
-            same rows of both, and for `win_rate_base` where they were compared with the same answers.
+        digests: of the inputs, and of how the reward model reads (`reading`). Numbers of two models belong together
+            where it read answers to the same rows of both, and for `win_rate_base` where those were compared with the
+            same answers.
 
     Returns:
         `reward_score` (mean, with `lowest` and `highest`); `win_rate_reference` and `win_rate_base`, the share of
@@ -135,7 +141,7 @@ def win_rate_results(rows: Sequence[ScoredRow], digests: Mapping[str, str]) -> d
     answered = [row for row in rows if ANSWER in row.scores]
     own = numpy.array([row.scores[ANSWER] for row in answered])
     more = {"lowest": float(own.min()), "highest": float(own.max()), "left_out": len(rows) - len(answered)}
-    results[SCORE] = mean(own, **more, **_documents(answered, digests, "rows", REWARD_MODEL))
+    results[SCORE] = mean(own, **more, **_documents(answered, digests))
     for other, name in WIN_RATES.items():
         there = [row for row in rows if other in row.scores or other in row.left_out]
         both = [row for row in there if {ANSWER, other} <= row.scores.keys()]
@@ -144,11 +150,16 @@ def win_rate_results(rows: Sequence[ScoredRow], digests: Mapping[str, str]) -> d
         away = numpy.array([row.scores[ANSWER] - row.scores[other] for row in both])
         counts = {"won": int((away > 0).sum()), "ties": int((away == 0).sum()), "lost": int((away < 0).sum())}
         against = ("base_answers",) if other == BASE else ()
-        documents = _documents(both, digests, "rows", REWARD_MODEL, *against)
+        documents = _documents(both, digests, *against)
         results[name] = mean((numpy.sign(away) + 1) / 2, **counts, left_out=len(there) - len(both), **documents)
     return results
 
 
-def _documents(rows: Sequence[ScoredRow], digests: Mapping[str, str], *inputs: str) -> dict[str, str]:
+def _documents(rows: Sequence[ScoredRow], digests: Mapping[str, str], *more: str) -> dict[str, str]:
+    """The digest by which numbers of two models are known to belong together, row by row."""
     places = [[row.file, row.row] for row in rows]
-    return {DOCUMENTS: fingerprint({"rows": places, "inputs": {name: digests[name] for name in inputs}})}
+    return {
+        DOCUMENTS: fingerprint(
+            {"places": places} | {name: digests[name] for name in ("rows", REWARD_MODEL, "reading", *more)}
+        )
+    }

@@ -48,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data_steps(model: Path, data: Path, **given: Any) -> Step:
     """The tokenize step of prompts, with what it needs."""
-    settings, memory = DataSettings(dataset=(str(data),), cutoff_len=200, **given), DigestMemory(Home.open().digests)
+    settings = DataSettings(**{"dataset": (str(data),), "cutoff_len": 200, **given})
+    memory = DigestMemory(Home.open().digests)
     source = find_dataset(str(data), None, "dataset")
     fetched = fetch_step("sft", "fetch:set", (source,), settings, RuntimeSettings(), "prompt", 0, memory, split=False)
     base = Input(LocalFolder(model))
