@@ -36,7 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     """sft, a reward model, and dpo; answers to a data set are scored by the reward model."""
     pairs = {"model": "sft", "dataset": str(folder / "pairs.jsonl")}
-    scored = {"reward_model": "rm"}
     held_out = {"eval_dataset": str(folder / "held_out_pairs.jsonl")}
     return {
         "name": "won",
