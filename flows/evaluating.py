@@ -7,6 +7,7 @@ from dataclasses import replace
 from flows.graph import BASE, Pipeline, require_metrics
 from flows.measuring import HeldOut, Measured, held_out, measuring_steps
 from flows.named_models import NamedModel, find_model
+from flows.reward_models import find_reward_model
 from registry.data_sources import DataSource
 from registry.errors import InputError
 from registry.home import Home
@@ -19,7 +20,7 @@ from tasks.steps import Input, LocalFolder, upstream
 
 MODEL = "model"
 TOKENIZER = "tokenizer.json"
-CHAT, TEXT = "chat", "text"
+CHAT, TEXT, PAIRS = "chat", "text", "preference"
 
 
 def build_evaluation(recipe: Recipe, home: Home) -> Pipeline:
@@ -38,13 +39,14 @@ def build_evaluation(recipe: Recipe, home: Home) -> Pipeline:
     other = found.base
     if evaluation.compare_with not in ("base", "none"):
         other = find_model(evaluation.compare_with, home, where="evaluation.compare_with")
-    measured: dict[str, Measured] = {}
+    asked = evaluation.reward_model
+    reward = find_reward_model(asked, recipe.name, {}, home) if asked else None
+    before: Measured | None = None
     if other is not None and evaluation.compare_with != "none":
         theirs = rows if _same_tokenizer(found, other) else _rows_of(other, settings, memory)
-        steps = measuring_steps(BASE, "", other.name, other.model, theirs, recipe, settings)
-        measured[BASE] = Measured(steps)
-    own = measuring_steps(MODEL, "", found.name, found.model, rows, recipe, settings)
-    measured[MODEL] = Measured(own, BASE if BASE in measured else None)
+        before = Measured(measuring_steps(BASE, "", other.name, other.model, theirs, recipe, settings, reward))
+    own = measuring_steps(MODEL, "", found.name, found.model, rows, recipe, settings, reward, before)
+    measured = {BASE: before, MODEL: Measured(own, BASE)} if before is not None else {MODEL: Measured(own)}
     ends = [step for each in measured.values() for step in each.steps]
     pipeline = Pipeline(recipe, tuple(upstream(ends)), {}, measured)
     require_metrics(pipeline)
@@ -61,18 +63,18 @@ def _as_trained(evaluated: Evaluated, found: NamedModel) -> StageSettings:
 
 
 def _shape(source: DataSource, settings: StageSettings, memory: DigestMemory) -> str:
-    """What the rows of a set are scored as: plain text whole, anything else by its answers."""
+    """What the rows of a set are scored as: plain text whole, pairs by both answers, anything else by its answers."""
     if source.remote is not None:  # its rows are known when it has been downloaded
         return CHAT
     refused: list[InputError] = []
     for shape in (CHAT, TEXT):
         given = ((source,), settings.data, settings.runtime, shape, settings.train.seed, memory)
         try:
-            source_list(fetch_step(MODEL, "fetch", *given, split=False), {}, memory)[0].form()
+            form = source_list(fetch_step(MODEL, "fetch", *given, split=False), {}, memory)[0].form()
         except InputError as error:
             refused.append(error)
         else:
-            return shape
+            return PAIRS if form.holds == PAIRS else shape
     raise InputError([problem for error in refused for problem in error.problems], "evaluation.perplexity")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.measuring import ANY, HeldOut, Measured, held_out, known_metrics, measuring_steps
+from flows.named_models import NamedModel
+from flows.reward_models import find_reward_model, require_rm_stage
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import condition
 from registry.home import Home
@@ -88,13 +90,11 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
     if recipe.evaluates is not None:
         from flows.evaluating import build_evaluation  # which is made of what is here
 
-        measured = build_evaluation(recipe, home)
-        return build_strict(measured) if strict_versions else measured
+        pipeline = build_evaluation(recipe, home)
+        return build_strict(pipeline) if strict_versions else pipeline
     memory = DigestMemory(home.digests)
     stages: dict[str, StageSteps] = {}
-    befores: dict[str, Measured] = {}
-    afters: dict[str, Measured] = {}
-    from_base = sum(settings.model.model is None for settings in recipe.stages)
+    starts: dict[str, Start] = {}
     for settings in map(settled, recipe.stages):
         start = _start(settings.model.model, settings, stages, recipe, home)
         given = _adapter(settings) if settings.train.create_new_adapter else None
@@ -109,27 +109,40 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
             where = f"stages.{settings.name}.ref_model"
             reference = Input(stages[named].model) if named in stages else _named_model(named, where, home)
         rewards = _rewards(settings, start, stages, home)
-        steps = _stage(recipe, settings, start, reference, rewards, memory)
-        label = f"{recipe.name}-{settings.name}"
-        own = measuring_steps(settings.name, "", label, Input(steps.model), steps.held_out, recipe, settings)
-        before = None
-        if own and recipe.evaluation.compare_with == "base" and STAGES[settings.train.stage].makes_text:
-            alone = start.stage == BASE and from_base == 1
-            before, ending = (BASE, "") if alone else (f"{start.stage}:{settings.name}", f":{settings.name}")
-            rows = steps.held_out
-            found = measuring_steps(start.stage, ending, start.name, start.model, rows, recipe, settings)
-            befores[before] = Measured(found)
-        stages[settings.name] = steps
-        if own:
-            afters[settings.name] = Measured(own, before)
-    pipeline = Pipeline(recipe, (), stages, befores | afters)
+        starts[settings.name] = start
+        stages[settings.name] = _stage(recipe, settings, start, reference, rewards, memory)
+    asked = recipe.evaluation.reward_model
+    reward = find_reward_model(asked, recipe.name, stages, home) if asked else None
+    measured = _measured(recipe, stages, starts, reward)
+    pipeline = Pipeline(recipe, (), stages, measured)
     require_metrics(pipeline)
     ends: list[Step] = []
     for name, stage in stages.items():
-        ends += [stage.model, *(afters[name].steps if name in afters else ())]
-    ends += [step for each in befores.values() for step in each.steps]
+        ends += [stage.model, *(measured[name].steps if name in measured else ())]
+    ends += [step for label, each in measured.items() if label not in stages for step in each.steps]
     pipeline = replace(pipeline, steps=tuple(upstream(ends)))
     return build_strict(pipeline) if strict_versions else pipeline
+
+
+def _measured(
+    recipe: Recipe, stages: dict[str, StageSteps], starts: dict[str, Start], reward: NamedModel | None
+) -> dict[str, Measured]:
+    """What measures the model of every stage, behind what measures those that they are compared with."""
+    befores: dict[str, Measured] = {}
+    afters: dict[str, Measured] = {}
+    from_base = sum(settings.model.model is None for settings in recipe.stages)
+    for name, steps in stages.items():
+        settings, start, rows, before = steps.settings, starts[name], steps.held_out, None
+        if recipe.evaluation.compare_with == "base" and STAGES[settings.train.stage].makes_text:
+            alone = start.stage == BASE and from_base == 1
+            before, ending = (BASE, "") if alone else (f"{start.stage}:{name}", f":{name}")
+            given = (start.name, start.model, rows, recipe, settings, reward)
+            befores[before] = Measured(measuring_steps(start.stage, ending, *given))
+        given = (f"{recipe.name}-{name}", Input(steps.model), rows, recipe, settings, reward)
+        own = measuring_steps(name, "", *given, befores.get(before or ""))
+        if own:
+            afters[name] = Measured(own, before)
+    return {label: each for label, each in befores.items() if each.steps} | afters
 
 
 def gated(pipeline: Pipeline) -> str | None:
@@ -249,9 +262,7 @@ def _rewards(settings: StageSettings, start: Start, stages: dict[str, StageSteps
             return {REWARD_ADAPTER: Input(LocalFolder(folder))}
         return {REWARD_MODEL: _named_model(named, where, home)}
     other = stages[named]
-    if other.settings.train.stage != "rm":
-        rule = f"stage {named} is of kind {other.settings.train.stage}, and makes no reward model"
-        raise InputError(Problem(where, rule, "Name a stage with stage: rm."))
+    require_rm_stage(other.settings, where)
     methods = {settings.train.finetuning_type, other.settings.train.finetuning_type}
     same = other.trained.inputs["base"].source == start.model.source and not other.settings.train.additional_target
     if same and methods == {"lora"}:

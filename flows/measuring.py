@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from flows.named_models import NamedModel
 from registry.recipe import Recipe
 from registry.records import DataSettings
 from registry.stage_settings import StageSettings
@@ -14,10 +15,13 @@ from tasks.digests import DigestMemory
 from tasks.evaluation import evaluate_step
 from tasks.fetch import KEPT_BACK, ROWS, fetch_step
 from tasks.generation import generate_step
+from tasks.preferences import implicit_reward_step, starts_at_reference
 from tasks.render import render_step
 from tasks.shards import tokenize_step
 from tasks.steps import Input, Step
+from tasks.win_rate import win_rate_step
 
+ANY = "*"
 QUANT_SETTINGS = ("quant_bit", "quant_type", "double_quantization")
 
 
@@ -79,17 +83,18 @@ def held_out(settings: StageSettings, fetched: Step | None, base: Input, memory:
         name: str, step: Step, part: str, ending: str = "", whole: bool = False, data: DataSettings = data
     ) -> Step:
         rendered = render_step(settings.name, f"render:{name}{ending}", step, part, base, data, settings.template)
-        name = f"tokenize:{name}{ending}"
+        name, pairs = f"tokenize:{name}{ending}", step.identity["shape"] == "preference"
+        data = uncut if pairs and data.overlong == "truncate" else data
         return tokenize_step(settings.name, name, rendered, base, data, packing=False, whole=whole)
 
+    # an answer begins where its prompt ends, which therefore is not cut; answers that are compared are whole
+    uncut = data.model_copy(update={"overlong": "drop"})
     found = HeldOut()
     for name, (step, part) in parts.items():
         text = step.identity["shape"] == "text"
         found.sets[name] = tokenize(name, step, part, whole=text)
         if train.eval_steps and step.identity["shape"] == kind.shape:  # a text of any length would not fit a batch
             found.watched[name] = tokenize(name, step, part, ":watched") if text else found.sets[name]
-    # an answer begins where its prompt ends, which therefore is not cut
-    uncut = data.model_copy(update={"overlong": "drop"})
     for source in settings.generate_sources if kind.makes_text else ():
         step = fetch(source, "prompt", ":prompts")
         found.prompts[source.name] = tokenize(source.name, step, ROWS, ":prompts", data=uncut)
@@ -97,7 +102,15 @@ def held_out(settings: StageSettings, fetched: Step | None, base: Input, memory:
 
 
 def measuring_steps(
-    stage: str, ending: str, label: str, model: Input, rows: HeldOut, recipe: Recipe, settings: StageSettings
+    stage: str,
+    ending: str,
+    label: str,
+    model: Input,
+    rows: HeldOut,
+    recipe: Recipe,
+    settings: StageSettings,
+    reward: NamedModel | None = None,
+    before: Measured | None = None,
 ) -> tuple[Step, ...]:
     """The steps that measure a model.
 
@@ -109,36 +122,58 @@ def measuring_steps(
         rows: held-out data for the model's tokenizer.
         recipe: what is asked for.
         settings: of the stage whose data they are: template, bf16, batch size.
+        reward: the model that scores answers.
+        before: what measured the model that it is compared with, on the same rows.
     """
     evaluation, text = recipe.evaluation, STAGES[settings.train.stage].makes_text
     steps: list[Step] = []
     if rows.sets or (evaluation.questions and text):
-        steps.append(evaluate_step(stage, f"evaluate{ending}", label, model, rows.sets, evaluation, settings))
+        measured = evaluate_step(stage, f"evaluate{ending}", label, model, rows.sets, evaluation, settings)
+        steps.append(_in_bits(recipe, settings, measured))
+        if before is not None and starts_at_reference(settings):
+            both = (steps[0], before.steps[0], [*rows.sets])
+            found = implicit_reward_step(stage, f"implicit_reward{ending}", label, model, *both)
+            steps += [found] if found is not None else []
+    size = settings.runtime.per_device_eval_batch_size
     for name, prompts in rows.prompts.items():
-        steps.append(
-            generate_step(
-                stage,
-                f"generate:{name}{ending}",
-                label,
-                model,
-                prompts,
-                name,
-                evaluation,
-                template=settings.template,
-                bf16=settings.train.bf16,
-                per_device_eval_batch_size=settings.runtime.per_device_eval_batch_size,
-            )
+        generated = generate_step(
+            stage,
+            f"generate:{name}{ending}",
+            label,
+            model,
+            prompts,
+            name,
+            evaluation,
+            template=settings.template,
+            bf16=settings.train.bf16,
+            per_device_eval_batch_size=size,
         )
+        generated = _in_bits(recipe, settings, generated)
+        steps.append(generated)
+        if reward is not None:
+            reading = reward.reading or {"bf16": settings.train.bf16}
+            scored = (model, generated, _answers_of(before, name), name, reward.model, reading, size)
+            steps.append(win_rate_step(stage, f"win_rate:{name}{ending}", label, *scored))
     for benchmark in recipe.benchmarks if text else ():
-        steps.append(benchmark_step(stage, f"benchmark:{benchmark.name}{ending}", label, model, benchmark, settings))
-    train = settings.train
-    if recipe.evaluates is not None and train.quant_bit:  # else it is how a model is trained
-        quantised = {key: value for key, value in train.identity().items() if key in QUANT_SETTINGS}
-        return tuple(replace(step, identity=step.identity | {"quantised": quantised}) for step in steps)
+        asked = benchmark_step(stage, f"benchmark:{benchmark.name}{ending}", label, model, benchmark, settings)
+        steps.append(_in_bits(recipe, settings, asked))
     return tuple(steps)
 
 
-ANY = "*"
+def _answers_of(before: Measured | None, name: str) -> Step | None:
+    """What wrote the answers of the model that another is compared with, to the prompts of a data set."""
+    found = before.steps if before is not None else ()
+    wanted = (step for step in found if step.kind == "generate" and step.runtime["set_names"] == [name])
+    return next(wanted, None)
+
+
+def _in_bits(recipe: Recipe, settings: StageSettings, step: Step) -> Step:
+    """A measurement in fewer bits, where that is asked for; of a recipe that trains it says how a model is trained."""
+    train = settings.train
+    if recipe.evaluates is None or not train.quant_bit:
+        return step
+    quantised = {key: value for key, value in train.identity().items() if key in QUANT_SETTINGS}
+    return replace(step, identity=step.identity | {"quantised": quantised})
 
 
 def known_metrics(steps: tuple[Step, ...]) -> list[str]:

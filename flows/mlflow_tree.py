@@ -139,7 +139,7 @@ class MlflowTree:
             self._tracker.results(measured, values)
         if outcome.state == "cached":
             self._link(run_id, outcome)
-        for file in ("results.json", "answers.jsonl", "samples.jsonl", "manifest.json"):
+        for file in ("results.json", "answers.jsonl", "rewards.jsonl", "samples.jsonl", "manifest.json"):
             self._tracker.file(run_id, outcome.artifact.path / file)
         pictures = reward_pictures(outcome.artifact.path, step.runtime["set_names"])
         for number, (name, path) in enumerate(pictures.items()):

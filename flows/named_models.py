@@ -80,7 +80,10 @@ def _adapter(folder: Path, where: str, home: Home) -> NamedModel:
         rule = f"{folder / 'adapter_config.json'} does not say base_model_name_or_path"
         raise InputError(Problem(where, rule, "Write the base model's folder or hub id there."))
     base = _base(str(named), DEFAULT_REVISION, home, f"{where}: base of {folder}")
-    merged = merge_step("model", folder.name, base.model, Input(LocalFolder(folder), ("*.safetensors", "*.json")))
+    setting = where.rpartition(".")[2]  # two adapters of a recipe are two steps
+    name = "merge" if setting == "evaluate" else f"merge:{setting}"
+    adapter = Input(LocalFolder(folder), ("*.safetensors", "*.json"))
+    merged = merge_step("model", folder.name, base.model, adapter, name)
     return NamedModel(Input(merged), folder.name, base)
 
 

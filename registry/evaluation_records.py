@@ -75,6 +75,9 @@ class EvaluationSettings(GenerationSettings):
     """Ask the questions of benchmarks as messages of a user."""
     generate: Datasets = ()
     """Data sets of conversations whose last answers are written anew, and compared with those that the data set has."""
+    reward_model: Text | None = None
+    """What scores the answers of `generate`: a stage of kind rm of the recipe, a registered name, a hub id, a folder,
+    or a stage of a finished run (`RECIPE:STAGE`)."""
     questions: tuple[str, ...] = ()
     """Questions answered by the models before and after."""
     compare_with: Text = "base"

@@ -117,6 +117,9 @@ def _evaluation(
         problems.append(Problem("evaluation.gate", rule, "Use `llamatuner promote RUN --gate CONDITION`."))
     if found is not None:
         problems += generation_problems(found, lambda key: f"evaluation.{key}")
+        if found.reward_model is not None and not found.generate:
+            rule = "scores the answers that `generate` writes, and there is no data set to answer"
+            problems.append(Problem("evaluation.reward_model", rule, "Set generate, or remove it."))
     for text in found.gate if found is not None else ():
         collect(problems, condition, text, "evaluation.gate")
     benchmarks: list[Benchmark] = []

@@ -19,7 +19,7 @@ from tasks.measurements import Measure, write_results
 from tasks.program import Events, Spec, Timings, main
 
 if TYPE_CHECKING:
-    from tasks.scoring import Shards
+    from tasks.scoring import RowScore, Shards
 
 Report = Callable[[int, int], None]
 """Told what is done and what there is in all."""
@@ -31,9 +31,10 @@ LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON itself escapes the others
 def work(spec: Spec, events: Events) -> None:
     """Load, score, answer, write.
 
-    Writes what `tasks.measurements` says (`perplexity.<set>`, `bits_per_byte.<set>`; of a reward model what
-    `tasks.rewards` gives), `nll.<set>.jsonl` or `rewards.<set>.jsonl` (one line per text or pair), `answers.jsonl` (one
-    line per question), `report/rewards.<set>.png` where there are pairs and `report/timings.json` (seconds).
+    Writes what `tasks.measurements` says (`perplexity.<set>`, `bits_per_byte.<set>`, of pairs what `tasks.preferences`
+    gives; of a reward model what `tasks.rewards` gives), `nll.<set>.jsonl` (one line per text; of pairs both, and
+    `answer` says which) or `rewards.<set>.jsonl` (one line per text or pair), `answers.jsonl` (one line per question),
+    `report/rewards.<set>.png` of a reward model where there are pairs and `report/timings.json` (seconds).
 
     Raises:
         ProgramError: `bad_setting` for packed shards, for an adapter of another base and for a data set without
@@ -77,18 +78,34 @@ def work(spec: Spec, events: Events) -> None:
 
 
 def _perplexity(spec: Spec, model: Any, shards: Shards, report: Report, name: str) -> dict[str, Measure]:
-    """Metric → number of a language model on one data set."""
+    """Metric → number of a language model on one data set; of pairs, what it makes of both answers."""
+    from tasks.preferences import ANSWERS, preference_results
     from tasks.scoring import bits_per_byte, perplexity, score_rows
     from tasks.tokens import text_bytes_of_ids
 
-    sizes = text_bytes_of_ids(tokenizer_folder(spec))
-    scores = score_rows(model, shards, spec.runtime["per_device_eval_batch_size"], report, sizes)
-    rows = ({**dict(zip(("row", "start"), shards.place(text), strict=True)), **asdict(s)} for text, s in scores.items())
+    sizes, size = text_bytes_of_ids(tokenizer_folder(spec)), spec.runtime["per_device_eval_batch_size"]
+    pairs = shards.shape == "preference"
+    # preferred answers by themselves: in other batches their perplexity would have other last bits
+    scores = score_rows(model, shards, size, (lambda done, total: report(done, 2 * total)) if pairs else report, sizes)
+    others: dict[int, RowScore] = {}
+    if pairs:
+        given = range(1, len(shards), 2)
+        others = score_rows(model, shards, size, lambda done, total: report(total + done, 2 * total), sizes, given)
+    rows = (
+        {
+            **dict(zip(("row", "start"), shards.place(text), strict=True)),
+            **({"answer": ANSWERS[text % 2]} if pairs else {}),
+            **asdict(score),
+        }
+        for text, score in sorted((scores | others).items())
+    )
     write_lines(Path(spec.output) / f"nll.{name}.jsonl", rows)
     counted = shards.rows if shards.shape == "text" else len(scores)
     found = {"perplexity": perplexity(scores.values(), counted)}
     if any(score.bytes for score in scores.values()):
         found["bits_per_byte"] = bits_per_byte([*scores.values()], counted)
+    if pairs:
+        found |= preference_results([*zip(scores.values(), others.values(), strict=True)])
     return found
 
 

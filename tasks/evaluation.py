@@ -26,6 +26,8 @@ VERSIONS = {
 }
 
 LIKELIHOOD_METRICS = ("perplexity", "bits_per_byte")
+PREFERENCE_METRICS = ("preference_accuracy", "preference_accuracy_norm")
+"""Beside these, what measuring a language model on pairs gives."""
 LENGTH_ENDINGS = ("", "_chosen_shorter", "_similar_length", "_chosen_longer")
 REWARD_METRICS = (
     *(f"{metric}{ending}" for metric in ("reward_accuracy", "reward_margin") for ending in LENGTH_ENDINGS),
@@ -67,6 +69,8 @@ def evaluate_step(
         "default_system": data.default_system,
         "enable_thinking": data.enable_thinking,
     }
+    metrics = REWARD_METRICS if measure == "reward" else LIKELIHOOD_METRICS
+    pairs = measure == "perplexity" and "preference" in shapes
     return Step(
         stage=stage,
         name=name,
@@ -80,13 +84,14 @@ def evaluate_step(
             "bf16": settings.train.bf16,
             "sets": [str(index) for index in range(len(sets))],
             **(answers if questions else {}),
+            **({"pairs": "both answers"} if pairs else {}),
         },
         inputs={"model": Input(model.source, BASE_FILES), **inputs},
         run="tasks.evaluation:evaluate",
         runtime={
             "per_device_eval_batch_size": settings.runtime.per_device_eval_batch_size,
             "set_names": list(sets),
-            "metrics": REWARD_METRICS if measure == "reward" else LIKELIHOOD_METRICS,
+            "metrics": metrics + (PREFERENCE_METRICS if pairs else ()),
         },
         heavy=True,
     )

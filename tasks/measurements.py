@@ -18,7 +18,7 @@ from registry.errors import InputError, Problem
 from tasks.artifacts import Artifact
 from tasks.intervals import Array, drawn_ratios, limits
 
-KINDS = ("evaluate", "benchmark", "generate")
+KINDS = ("evaluate", "implicit_reward", "benchmark", "generate", "win_rate")
 """Kinds of the steps that measure a model."""
 RESULTS, DRAWN = "results.json", "drawn.npz"
 DOCUMENTS = "documents"

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy
 
@@ -19,7 +19,7 @@ from registry.errors import InputError, Problem
 from tasks.intervals import drawn_sums
 from tasks.measurements import Measure, mean, measure
 from tasks.program import ProgramError
-from tasks.scoring import Shards, batches
+from tasks.scoring import batches
 from tasks.sequences import IGNORED
 from tasks.tensor_files import read_headers
 
@@ -34,6 +34,18 @@ class ScoredText(NamedTuple):
     score: float
     tokens: int
     """Its trained tokens: those of the answer, or of all answers of a conversation."""
+
+
+class Texts(Protocol):
+    """Tokenized texts: those of shards, or of a list."""
+
+    lengths: list[int]
+    """Tokens of each."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        """Ids and labels of texts, in the order of `indices`."""
 
 
 Pair = tuple[ScoredText, ScoredText]
@@ -67,9 +79,10 @@ def reward_results(pairs: Sequence[Pair]) -> dict[str, Measure]:
         part = [score for score, pair in zip(scores, pairs, strict=True) if name in ("", length_of(pair))]
         if part:
             ending = f"_{name}" if name else ""
-            results[f"reward_accuracy{ending}"] = _accuracy(part)
+            results[f"reward_accuracy{ending}"] = pair_accuracy(part)
             results[f"reward_margin{ending}"] = mean(numpy.array([chosen - rejected for chosen, rejected in part]))
-    results["longer_is_better_accuracy"] = _accuracy([(chosen.tokens, rejected.tokens) for chosen, rejected in pairs])
+    lengths = [(chosen.tokens, rejected.tokens) for chosen, rejected in pairs]
+    results["longer_is_better_accuracy"] = pair_accuracy(lengths)
     results["reward_calibration_error"] = calibration([chosen - rejected for chosen, rejected in scores])
     return results
 
@@ -100,7 +113,8 @@ def length_of(pair: Pair) -> str:
     return CHOSEN_SHORTER if chosen < rejected else CHOSEN_LONGER
 
 
-def _accuracy(scores: Sequence[tuple[float, float]]) -> Measure:
+def pair_accuracy(scores: Sequence[tuple[float, float]]) -> Measure:
+    """The share of pairs whose preferred answer has the higher number, which stands first; with `right` and `ties`."""
     rights = [chosen > rejected for chosen, rejected in scores]
     ties = sum(chosen == rejected for chosen, rejected in scores)
     return mean(numpy.array(rights), right=sum(rights), ties=ties)
@@ -164,13 +178,13 @@ def require_reward_model(folder: Path, where: str) -> None:
 
 
 def score_texts(
-    model: Any, shards: Shards, batch_size: int, on_batch: Callable[[int, int], None] = lambda done, total: None
+    model: Any, texts: Texts, batch_size: int, on_batch: Callable[[int, int], None] = lambda done, total: None
 ) -> list[ScoredText]:
-    """The score of every text, in the order of the shards.
+    """The score of every text, in their order.
 
     Args:
         model: with a score head, in evaluation mode.
-        shards: of pairs, or of any rows with answers.
+        texts: of pairs, or of any rows with answers.
         batch_size: most texts per forward pass.
         on_batch: told texts done and texts in all after each batch.
     """
@@ -180,8 +194,8 @@ def score_texts(
     from tasks.train.reward import answer_scores
 
     scored: dict[int, ScoredText] = {}
-    for batch in batches(shards.lengths, batch_size, 1):
-        rows = [{"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]} for ids, labels in shards.take(batch)]
+    for batch in batches(texts.lengths, batch_size, 1):
+        rows = [{"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]} for ids, labels in texts.take(batch)]
         tokens = [sum(label != IGNORED for label in row["labels"]) for row in rows]
         inputs = {
             name: value.to(model.device) if isinstance(value, torch.Tensor) else value
@@ -190,8 +204,8 @@ def score_texts(
         with torch.inference_mode():
             found = answer_scores(model, inputs).tolist()
         scored |= zip(batch, map(ScoredText, found, tokens), strict=True)
-        on_batch(len(scored), len(shards))
-    return [scored[index] for index in range(len(shards))]
+        on_batch(len(scored), len(texts))
+    return [scored[index] for index in range(len(texts))]
 
 
 def paired(texts: Sequence[ScoredText]) -> list[Pair]:

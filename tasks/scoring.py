@@ -176,6 +176,7 @@ def score_rows(
     batch_size: int,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     sizes: NDArray[numpy.int64] | None = None,
+    wanted: Sequence[int] | None = None,
 ) -> dict[int, RowScore]:
     """Score every text of a data set whose likelihood counts.
 
@@ -189,12 +190,13 @@ def score_rows(
         batch_size: most rows per forward pass; fewer where the logits would need too much memory.
         on_batch: told rows done and rows in all after each batch.
         sizes: [v] bytes of each id, to count those of what is scored.
+        wanted: numbers of other texts to score instead.
 
     Returns:
         Number of the text → its score, in the order of the shards.
     """
     scores: dict[int, RowScore] = {}
-    wanted = shards.good()
+    wanted = shards.good() if wanted is None else wanted
     lengths = [shards.lengths[index] for index in wanted]
     for batch in batches(lengths, batch_size, model.config.get_text_config().vocab_size):
         numbers = [wanted[index] for index in batch]

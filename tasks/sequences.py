@@ -22,6 +22,7 @@ from tasks.packing import Sequences
 
 IGNORED = -100  # the label of a token that is not trained
 INDEX = "sequences.arrow"
+ORIGINS = "origins.json"  # of each shard: numbers of the data set and of its file
 SHARD_FIELDS = [
     *(("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))),
     *(("row", pa.int64()), ("line", pa.int32())),
@@ -77,6 +78,7 @@ class TokenizedRows:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.shards = [_Shard(folder / file["filename"]) for file in state["_data_files"]]
         counts = [len(shard.offsets) - 1 for shard in self.shards]
@@ -93,6 +95,11 @@ class TokenizedRows:
     def numbers(self) -> NDArray[numpy.int64]:
         """[rows] the number, counted from 0, that each has in its file."""
         return numpy.concatenate([numpy.zeros(0, numpy.int64), *(shard.numbers for shard in self.shards)])
+
+    def files(self) -> NDArray[numpy.int64]:
+        """[rows] the number, counted from 0, that its file has in its data set."""
+        origins = json.loads((self.folder / ORIGINS).read_text(encoding="utf-8"))
+        return numpy.repeat(numpy.array([origin["file"] for origin in origins], numpy.int64), numpy.diff(self.first))
 
     def mark(self, row: int) -> Any:
         """What else is known of a row: the margin of its pair, whether its answer is good, the answer to its prompt."""

@@ -26,7 +26,7 @@ from tasks.program import ProgramError
 from tasks.reading import BadRow, place
 from tasks.rejects import SHOWN, Rejects
 from tasks.render import TOKENIZER_FILES, rendered_chunks
-from tasks.sequences import TokenizedRows, describe_shards, shard_schema, write_index
+from tasks.sequences import ORIGINS, TokenizedRows, describe_shards, shard_schema, write_index
 from tasks.statistics import STATISTICS, describe_lengths
 from tasks.steps import Input, Step, Work
 from tasks.tokens import FASTOKENS, NOT_FAST, TOKENIZERS, Text, TextEncoder, TokenBatch, with_end
@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # workers have no use for it, and it takes 0.2 s
 VERSION = 4  # a pair is one row in statistics.json, whatever texts it has
 TOO_LONG, NOT_TRAINED = "too_long", "no_trained_tokens"
 WHOLE = "whole"  # of `overlong`, for text that is measured
-ORIGINS = "origins.json"  # of each shard: numbers of the data set and of its file
 CHECKED_ROWS = 8  # of every chunk, encoded by both libraries: one row that differs, and the fast one is not used
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from registry.errors import InputError, Problem
 from registry.home import Home
-from tasks.artifacts import Artifact, Store, read_artifact, remove_folder, select
+from tasks.artifacts import MANIFEST, Artifact, Store, read_artifact, remove_folder, select
 from tasks.digests import DigestMemory, content_digest
 from tasks.fingerprint import fingerprint
 from tasks.locks import check_stop, locked
@@ -189,6 +189,7 @@ def input_digest(wanted: Input, store: Store, memory: DigestMemory) -> str | Non
 def _found(wanted: Input, store: Store, memory: DigestMemory) -> tuple[Path, str] | None:
     if isinstance(wanted.source, LocalFolder):
         files = memory.files(wanted.source.path, wanted.part)
+        files.pop(MANIFEST, None)  # of an artifact that serves as a folder: no content
         return wanted.source.path, content_digest(select(files, wanted.part))
     ready = prepare(wanted.source, store, memory)
     artifact = store.find(wanted.source.kind, ready.key) if ready else None

@@ -79,6 +79,16 @@ def tiny_model(folder: Path, seed: int = 0, dtype: str = "float32", **config: An
     return folder
 
 
+def tiny_scoring_model(folder: Path, seed: int = 0) -> Path:
+    """The same with a score head, as a stage of kind rm makes it; the head is always the same."""
+    import torch
+
+    from tasks.train.loading import load_base
+
+    load_base(str(tiny_model(folder, seed)), torch.float32, score=True).save_pretrained(folder)
+    return folder
+
+
 def write_shards(
     folder: Path, rows: Sequence[dict[str, list[int]]], shape: str = "chat", marks: Sequence[Any] | None = None
 ) -> Path:

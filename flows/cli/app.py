@@ -182,6 +182,9 @@ def evaluate(
     compare_with: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Measured beside it: its base by default; none, or any model.")
     ] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Reward model that scores the answers of --generate.")
+    ] = None,
     data_dir: Annotated[str | None, typer.Option(metavar="FOLDER", help="Read benchmarks from files in it.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples before a question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most questions of each benchmark.")] = None,
@@ -191,7 +194,7 @@ def evaluate(
     """Measure a model, and its base beside it: perplexity, benchmarks, answers against references."""
     from flows.cli.evaluating import Asked, evaluate_model
 
-    wanted = (perplexity or [], benchmarks or [], generate or [], compare_with, data_dir, num_fewshot, limit)
+    wanted = (perplexity or [], benchmarks or [], generate or [], compare_with, reward, data_dir, num_fewshot, limit)
     raise typer.Exit(evaluate_model(model, Asked(*wanted), overrides or [], json))
 
 

@@ -47,6 +47,7 @@ class Asked:
     benchmarks: list[str]
     generate: list[str]
     compare_with: str | None = None
+    reward_model: str | None = None
     data_dir: str | None = None
     num_fewshot: int | None = None
     limit: int | None = None

@@ -92,7 +92,7 @@ def _value(found: dict[str, Any], before: dict[str, Any] | None) -> str:
     text = f"{value:.6g}"
     if before is not None:
         old = before["value"]
-        share = f" ({(value - old) / old:+.0%})" if old else ""
+        share = f" ({(value - old) / old:+.0%})" if old > 0 and value >= 0 else ""  # scores have no zero to count from
         text = f"{old:{_form(old)}} before, {value:{_form(value)}} after{share}"
     if "low" in found:
         text += f"; 95 % from {found['low']:.3g} to {found['high']:.3g}, {found['rows']:,} rows"

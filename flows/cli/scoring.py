@@ -6,7 +6,6 @@ those of an evaluation, bad rows are found and named as in training, and what wa
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import Counter
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +40,7 @@ from tasks.model import base_input
 from tasks.render import render_step
 from tasks.rewards import require_reward_model
 from tasks.sequences import TokenizedRows
-from tasks.shards import ORIGINS, tokenize_step
+from tasks.shards import tokenize_step
 from tasks.source_rows import source_list
 from tasks.steps import Input, Step, do
 
@@ -233,8 +231,7 @@ def _scores(scored: Scored) -> list[dict[str, Any]]:
     texts = TokenizedRows(folder)
     lines = read_json_lines(scored.made["evaluate"].path / "rewards.0.jsonl")
     wide = len(texts) // len(lines)  # texts of a row: two of a pair
-    origins = json.loads((folder / ORIGINS).read_text(encoding="utf-8"))
-    files = numpy.repeat([origin["file"] for origin in origins], numpy.diff(texts.first))[::wide].tolist()
+    files = texts.files()[::wide].tolist()
     answer = []
     for line, file, row in zip(lines, files, texts.numbers()[::wide].tolist(), strict=True):
         place = {"file": scored.files[file]} if len(scored.files) > 1 else {}

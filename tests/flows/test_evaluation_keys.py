@@ -15,7 +15,7 @@ from registry.loading import load_recipe
 from tasks.steps import Step
 from tests.flows.keyed import changed, identities, placed, write_folder
 from tests.flows.toy import write_rows
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_scoring_model
 
 MEASURED = {"evaluate", "generate"}
 ASKED = {"benchmark"}
@@ -30,6 +30,7 @@ FIELDS: dict[str, tuple[Any, set[str]]] = {
     "limit": (2, ASKED),
     "apply_chat_template": (True, ASKED),
     "generate": ("FOLDER/more.jsonl", {"fetch", "render", "tokenize", "generate"}),
+    "reward_model": ("FOLDER/judge", {"win_rate"}),
     "questions": (["what?"], {"evaluate"}),
     "compare_with": ("none", {*MEASURED, *ASKED}),  # the base is not measured
     "gate": (["perplexity.held_out < 9"], NOTHING),
@@ -64,6 +65,7 @@ metric_list: [{{metric: acc}}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_folder(tmp_path_factory.mktemp("keys"))
+    tiny_scoring_model(folder / "judge")
     for name in ("colours", "other"):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name))
         (folder / f"{name}.jsonl").write_text('{"question": "sky?", "answer": 1}\n{"question": "rose?", "answer": 0}\n')
@@ -178,6 +180,18 @@ def test_texts_are_told_from_conversations_by_their_rows(folder: Path) -> None:
         ({"evaluate": "smollm2-135m-instruc"}, "Did you mean smollm2-135m-instruct"),
         ({"evaluation": {"questions": ["a"], "compare_with": "FOLDER/none"}}, "evaluation.compare_with: the folder"),
         ({"evaluation": {"generate": "FOLDER/held_out.jsonl", "top_k": 3}}, "top_k: 3 has no effect without do_sample"),
+        (
+            {"evaluation": {"generate": "FOLDER/held_out.jsonl", "reward_model": "FOLDER/model"}},
+            r"evaluation\.reward_model: the model \(LlamaForCausalLM\) is no reward model",
+        ),
+        (
+            {"evaluation": {"questions": ["a"], "reward_model": "FOLDER/judge"}},
+            r"evaluation\.reward_model: scores the answers that `generate` writes, and there is no data set",
+        ),
+        (
+            {"evaluation": {"generate": "FOLDER/held_out.jsonl", "reward_model": "FOLDER/none"}},
+            r"evaluation\.reward_model: the folder .*none does not exist",
+        ),
         ({"evaluation": {"perplexity": "FOLDER/numbers.jsonl"}}, "the columns .*number.* are those of no known format"),
         (
             {"evaluation": {"questions": ["a"], "gate": ["accuracy.piqa > 0"]}},

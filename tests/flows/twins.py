@@ -52,8 +52,8 @@ def write_twin(raw: dict[str, Any], folder: Path) -> str:
 
 def work_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs do their work in this process and thread; to launch them is tested elsewhere."""
-    for module in ("tasks.training", "tasks.evaluation", "tasks.generation", "tasks.benchmark"):
-        monkeypatch.setattr(f"{module}.run_program", _run_here)
+    for module in ("training", "evaluation", "generation", "benchmark", "win_rate"):
+        monkeypatch.setattr(f"tasks.{module}.run_program", _run_here)
 
 
 def _run_here(

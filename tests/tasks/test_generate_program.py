@@ -48,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data_steps(model: Path, data: Path, **given: Any) -> Step:
     """The tokenize step of prompts, with what it needs."""
-    settings, memory = DataSettings(dataset=(str(data),), cutoff_len=200, **given), DigestMemory(Home.open().digests)
+    settings = DataSettings(**{"dataset": (str(data),), "cutoff_len": 200, **given})
+    memory = DigestMemory(Home.open().digests)
     source = find_dataset(str(data), None, "dataset")
     fetched = fetch_step("sft", "fetch:set", (source,), settings, RuntimeSettings(), "prompt", 0, memory, split=False)
     base = Input(LocalFolder(model))
@@ -206,7 +207,7 @@ def test_what_has_no_effect_is_in_no_key(folder: Path, prompts: Step) -> None:
     idle: dict[str, Any] = {"temperature": 0.5, "top_p": 0.5, "top_k": 5, "seed": 1, "length_penalty": 2.0}
     others: dict[str, Any] = {"questions": ("who?",), "perplexity": ("x.jsonl",), "gate": ("perplexity.x < 3",)}
     assert step_of(folder, prompts, "renamed", **idle, **others).identity == plain.identity
-    assert (plain.kind, plain.heavy, plain.runtime) == ("generate", True, {"set_names": ["held_out"]})
+    assert (plain.kind, plain.heavy, plain.runtime["set_names"]) == ("generate", True, ["held_out"])
 
 
 @pytest.mark.parametrize("name", sorted(GenerationSettings.model_fields))

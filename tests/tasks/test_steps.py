@@ -164,6 +164,13 @@ def test_a_local_folder_counts_by_its_bytes(store: Store, tmp_path: Path) -> Non
     assert make(step(source=LocalFolder(tmp_path / "renamed")), store).state == "ran"
 
 
+def test_an_artifact_that_serves_as_a_folder_is_the_same_input(store: Store) -> None:
+    source = step("source")
+    folder = make(source, store).artifact.path
+    made = make(step(source=source), store).artifact
+    assert make(step(source=LocalFolder(folder)), store).artifact.key == made.key
+
+
 def test_a_part_of_an_input_is_all_that_counts(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
