@@ -105,7 +105,7 @@ def _run_name() -> str:
 )
 def pipeline(
     recipe: str | dict[str, Any],
-    overrides: list[str] | None = None,
+    overrides: list[str] = [],  # noqa: B006 - never changed, and `or None` would be a second choice in Prefect's form
     data_only: bool = False,
 ) -> State[Any]:
     """Do what a recipe says and is not done yet.
@@ -119,7 +119,7 @@ def pipeline(
     if session is None:  # started by Prefect: a deployment or its UI
         logger = get_run_logger()
         try:
-            session = _open(recipe, overrides or [], data_only, logger.info)
+            session = _open(recipe, overrides, data_only, logger.info)
         except InputError as error:
             logger.error(str(error))
             return Failed(message=f"{BAD_INPUT_MARK}{error}")

@@ -72,10 +72,21 @@ def bring_up(home: Home, ports: dict[str, int | None], say: Say) -> dict[str, Se
         started: list[str] = []
         try:
             _start_missing(home, servers, chosen, started, say)
+            _close_dead_runs(home, say)
         except BaseException:
             _end_named(home, servers, list(reversed(started)))
             raise
         return servers
+
+
+def _close_dead_runs(home: Home, say: Say) -> None:
+    """Close runs that died without a word: as long as Prefect calls them running, those behind them wait."""
+    if any(record.died() for record in records(home)):
+        from flows.deploying import shared_api
+        from flows.reconcile import reconcile
+
+        with shared_api(home):
+            reconcile(home, say)
 
 
 def _port_before(servers: dict[str, Server], name: str) -> int | None:
@@ -148,6 +159,8 @@ def _start_missing(
         start(PREFECT)
         if MLFLOW in missing:
             _prepare_mlflow(home)
+            if not servers[PREFECT].alive():  # said at once, and not after the other one has started
+                wait_healthy(home, SERVICES[PREFECT], servers[PREFECT], prefect_url, say)
             start(MLFLOW)
         for name in (PREFECT, MLFLOW):
             wait_healthy(home, SERVICES[name], servers[name], prefect_url, say)
@@ -230,10 +243,8 @@ def bring_down(home: Home, say: Say) -> list[str]:
     with changing(home, say) as servers:
         ran = [name for name in servers if servers[name].alive()]
         _require_no_guests(home, servers)
-        if WORKER in servers and (flows := _flow_runs(servers[WORKER])):
-            say(f"worker: {len(flows)} running; told to stop, checkpoints are kept")
-            for process in flows:
-                _signal(process, signal.SIGTERM)
+        if WORKER in servers:
+            _stop_flow_runs(servers[WORKER], say)
         _end_named(home, servers, [WORKER, PREFECT, MLFLOW])
         return ran
 
@@ -267,6 +278,19 @@ def _require_no_guests(home: Home, servers: dict[str, Server]) -> None:
 def live_runs(home: Home) -> list[RunRecord]:
     """The runs of this home that are going on, newest first."""
     return [record for record in records(home) if record.values["status"] == "running" and not record.died()]
+
+
+def _stop_flow_runs(worker: Server, say: Say) -> None:
+    """Have runs save what they have and end, while the worker that reads their output is there."""
+    told: set[int] = set()
+    deadline = time.monotonic() + SERVICES[WORKER].stop_seconds
+    while (runs := _flow_runs(worker)) and time.monotonic() < deadline:
+        for process in runs:
+            if process.pid not in told:
+                say(f"worker: a run is told to stop, process {process.pid}; its checkpoints are kept")
+                _signal(process, signal.SIGTERM)
+                told.add(process.pid)
+        time.sleep(0.2)
 
 
 def _flow_runs(worker: Server) -> list[psutil.Process]:
