@@ -11,10 +11,11 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from registry.home import Home
@@ -26,6 +27,7 @@ HOST = "127.0.0.1"
 MARK = "LLAMATUNER_SERVER"  # variable that holds `Server.mark`
 BACKEND = "MLFLOW_BACKEND_STORE_URI"
 POLL_SECONDS = "2"  # how often the worker asks for runs; Prefect's 10 s are for servers with many workers
+BUSY, BUSY_TRIES, BUSY_SECONDS = 503, 10, 0.5
 _open = build_opener(ProxyHandler({})).open  # loopback is never behind a proxy
 
 
@@ -74,13 +76,25 @@ def worker_name() -> str:
 def ask(url: str, body: dict[str, Any] | None = None, seconds: float = 3.0) -> Any:
     """What a server answers, read as JSON if it is that.
 
+    Args:
+        url: what is asked.
+        body: sent as JSON; without it nothing is sent.
+        seconds: for one answer. Prefect's server says 503 while its SQLite database is locked, and is asked again.
+
     Raises:
         OSError: it does not answer, or with an error.
     """
     content = None if body is None else json.dumps(body).encode()
     request = Request(url, content, {"Content-Type": "application/json"} if content else {})
-    with _open(request, timeout=seconds) as answer:
-        text = answer.read()
+    for left in reversed(range(BUSY_TRIES)):
+        try:
+            with _open(request, timeout=seconds) as answer:
+                text = answer.read()
+            break
+        except HTTPError as error:
+            if error.code != BUSY or not left:
+                raise
+            time.sleep(BUSY_SECONDS)
     try:
         return json.loads(text)
     except ValueError:

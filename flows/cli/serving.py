@@ -37,6 +37,7 @@ def start_servers(ports: dict[str, int | None], as_json: bool) -> int:
     for name, server in servers.items():
         if server.url:
             console.print(f"{SERVICES[name].title} pages: {page(server)}", markup=False, soft_wrap=True)
+    console.print(f"For prefect's own commands: export PREFECT_API_URL={servers[PREFECT].url}", soft_wrap=True)
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         if os.environ.get(name):
             console.print(f"{name} is set: commands of this shell use that server, not this one", style="yellow")
