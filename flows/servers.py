@@ -180,7 +180,7 @@ def _prepare_mlflow(home: Home) -> None:
 def _start(home: Home, service: Service, port: int | None, api: str | None) -> Server:
     home.logs.mkdir(parents=True, exist_ok=True)
     mark = uuid4().hex
-    environment = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_KEY", "COLUMNS")}
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_KEY"}  # of another server
     with open(log_file(home, service.name), "ab") as log:
         process = subprocess.Popen(
             command(service, port),
