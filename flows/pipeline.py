@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run, task_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.graph import build
 from flows.planning import plan
 from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, samples_page, step_page
-from flows.preflight import preflight
-from flows.reconcile import reconcile
+from flows.preflight import preflight, require_rows
+from flows.reconcile import reconcile, tag_flow_run
+from flows.services import without_credentials
 from flows.session import Session, stopping
+from flows.submitting import BAD_INPUT_MARK
 from flows.view import LogView
+from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
 from tasks.launch import ProgramFailed
@@ -63,7 +68,7 @@ def make_step(title: str) -> State[Any]:
 
     def on_event(step: Step, event: dict[str, Any]) -> None:
         if event["kind"] == "note":
-            logger.info(event["text"])
+            logger.info("%s: %s", title, event["text"])
         if event["kind"] == "samples":
             samples_page(title, event)
         progress.show(event)
@@ -85,32 +90,41 @@ def make_step(title: str) -> State[Any]:
     return Completed(message=f"made {reference['artifact']}", data=reference)
 
 
+def _run_name() -> str:
+    """The recipe's name."""
+    recipe = flow_run.get_parameters()["recipe"]
+    return str(recipe.get("name", "recipe")) if isinstance(recipe, dict) else Path(recipe).stem
+
+
 @flow(
     name="pipeline",
-    flow_run_name="{recipe_name}",
+    flow_run_name=_run_name,
     task_runner=ThreadPoolTaskRunner(max_workers=THREADS),  # type: ignore[arg-type]
     validate_parameters=True,
     persist_result=False,
 )
 def pipeline(
     recipe: str | dict[str, Any],
-    overrides: list[str] | None = None,
-    recipe_name: str = "pipeline",
+    overrides: list[str] = [],  # noqa: B006 - never changed, and `or None` would be a second choice in Prefect's form
     data_only: bool = False,
 ) -> State[Any]:
     """Do what a recipe says and is not done yet.
 
     Args:
-        recipe: a recipe's name, the path of its file, or the recipe itself.
-        overrides: `stages.sft.learning_rate=1e-4` and the like.
-        recipe_name: shown as the name of the run.
-        data_only: stop after the data steps.
+        recipe: Name of a shipped recipe, path of a recipe's file on the machine that runs it, or the recipe itself.
+        overrides: Settings in place of the recipe's, each as KEY=VALUE: stages.sft.learning_rate=1e-4
+        data_only: Stop after the data steps: fetch, render, tokenize.
     """
-    logger = get_run_logger()
     session = SESSION.get()
     if session is None:  # started by Prefect: a deployment or its UI
-        session = _open(recipe, overrides or [], data_only, logger.info)
+        logger = get_run_logger()
+        try:
+            session = _open(recipe, overrides, data_only, logger.info)
+        except InputError as error:
+            logger.error(str(error))
+            return Failed(message=f"{BAD_INPUT_MARK}{error}")
         SESSION.set(session)
+        tag_flow_run(session.record, str(flow_run.get_id()))
     with stopping(session.stop, session.view.say):
         try:
             _run(session)
@@ -130,9 +144,11 @@ def _open(recipe: str | dict[str, Any], overrides: list[str], data_only: bool, w
     home = Home.open()
     built = build(load_recipe(recipe, overrides), home)
     built = built.data_only() if data_only else built
-    view = LogView(write)
-    for note in preflight(built, plan(built, _store(home)), home):
+    lines = plan(built, _store(home))
+    view = LogView(write, notes=False)  # the tasks log them
+    for note in preflight(built, lines, home):
         view.say(note)
+    require_rows(lines)
     return Session(built, home, view)
 
 
@@ -144,7 +160,9 @@ def _store(home: Home) -> Any:
 
 def _run(session: Session) -> None:
     """Submit every step; each begins as soon as its inputs are there."""
-    session.record.update(flow_run_id=str(flow_run.get_id()))
+    session.record.update(
+        flow_run_id=str(flow_run.get_id()), prefect_api=without_credentials(str(PREFECT_API_URL.value()))
+    )
     reconcile(session.home, session.view.say)
     plan_page(plan(session.pipeline, session.store))
     session.tree.begin(session.record.values["id"])

@@ -1,6 +1,6 @@
-"""The Prefect API inside a run, when no server is set.
+"""The Prefect API inside a run: the one that is set, the one of `llamatuner up`, or one of the run's own.
 
-One decision: we start it ourselves instead of letting Prefect do so, because Prefect's own stays behind when its
+One decision: the run's own we start ourselves instead of letting Prefect do so, because Prefect's stays behind when its
 parent is killed; ours asks the kernel to be ended with the run. Runs of one home share the database, one server each.
 """
 
@@ -12,33 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
+from flows.services import answers, prefect_environment
 from registry.home import Home
 from tasks.launch import python_path
 from tasks.locks import locked
 from tasks.program import LAUNCHER_PID, die_with_parent
+from tasks.servers import PREFECT, read_servers
 
 START_SECONDS = 120.0  # a new database took 8 to 11 s on two busy cores
 STOP_SECONDS = 5.0
 
 
-def server_environment(home: Home) -> dict[str, str]:
-    """Variables that keep Prefect's files under the home and its telemetry off."""
-    return {
-        "PREFECT_HOME": str(home.prefect),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-    }
-
-
 @contextmanager
 def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Iterator[str]:
-    """An API for the body: the one in PREFECT_API_URL, or one of our own on loopback.
+    """An API for the body: the one in PREFECT_API_URL, the one of `llamatuner up`, or one of our own on loopback.
 
     Args:
         home: where our own keeps its database and its log.
@@ -48,12 +38,38 @@ def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Ite
         Its address. The environment points Prefect to it; import prefect only inside the body, or in `meanwhile`.
 
     Raises:
-        RuntimeError: our own did not become healthy; its log is named.
+        RuntimeError: our own, or that of `up`, did not become healthy; its log is named.
     """
-    os.environ |= server_environment(home) if "PREFECT_API_URL" not in os.environ else {}
+    if "PREFECT_API_URL" not in os.environ:
+        os.environ |= prefect_environment(home) | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
     if os.environ.get("PREFECT_API_URL"):
         yield os.environ["PREFECT_API_URL"]
         return
+    with _served(home) or _own(home, meanwhile) as url:
+        yield url
+
+
+def _served(home: Home) -> AbstractContextManager[str] | None:
+    """The server of `llamatuner up`, if it runs."""
+    server = read_servers(home).get(PREFECT)
+    if server is None or server.url is None or not server.alive():
+        return None
+    url = server.url
+
+    @contextmanager
+    def pointed() -> Iterator[str]:
+        os.environ["PREFECT_API_URL"] = url
+        try:
+            _wait(lambda: None if server.alive() else "was ended", url, home.logs / "prefect.log")
+            yield url
+        finally:
+            os.environ.pop("PREFECT_API_URL", None)
+
+    return pointed()
+
+
+@contextmanager
+def _own(home: Home, meanwhile: Callable[[], None]) -> Iterator[str]:
     home.prefect.mkdir(parents=True, exist_ok=True)
     with locked(home.locks / "prefect-start.lock"):  # two migrations of one new database at once would fail
         port = _free_port()
@@ -61,7 +77,7 @@ def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Ite
         url = os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
         try:
             meanwhile()
-            _wait(server, url, home.prefect / "server.log")
+            _wait(lambda: _ended(server), url, home.prefect / "server.log")
         except BaseException:
             del os.environ["PREFECT_API_URL"]
             _stop(server)
@@ -99,18 +115,19 @@ def _start(home: Home, port: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _ended(server: subprocess.Popen[bytes]) -> str | None:
+    return None if server.poll() is None else f"ended with exit code {server.returncode}"
+
+
+def _wait(ended: Callable[[], str | None], url: str, log: Path) -> None:
+    """Wait until an API answers; `ended` says how its server ended, None while it runs."""
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"Prefect's server ended with exit code {server.returncode}; see {log}")
-        try:
-            with urlopen(f"{url}/health", timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (URLError, OSError):
-            time.sleep(0.1)
-    raise RuntimeError(f"Prefect's server was not healthy within {START_SECONDS:g} s; see {log}")
+    while not answers(f"{url}/health"):
+        if how := ended():
+            raise RuntimeError(f"Prefect's server {how}; see {log}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Prefect's server was not healthy within {START_SECONDS:g} s; see {log}")
+        time.sleep(0.1)
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 from flows.run_records import RunRecord, records
 from registry.home import Home
@@ -41,6 +42,15 @@ def _closed(home: Home, record: RunRecord, say: Callable[[str], None]) -> bool:
 def run_tag(record: RunRecord) -> str:
     """What a flow run is tagged with: it is there from the start, the flow run's id in the record is not."""
     return f"run:{record.values['id']}"
+
+
+def tag_flow_run(record: RunRecord, flow_run_id: str) -> None:
+    """Give a flow run that Prefect started the tag of its record; ours are started with it."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(flow_run_id))
+        client.update_flow_run(run.id, tags=[*run.tags, run_tag(record)])
 
 
 def settle(record: RunRecord, say: Callable[[str], None]) -> None:

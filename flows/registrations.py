@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
-from tasks.tracking import TRACKING_URI, mlflow_client
+from tasks.tracking import TRACKING_URI, is_tracked, mlflow_client
 
 ALIAS = "champion"
 DIGEST_TAG, HISTORY_TAG, GATE_TAG = "llamatuner.digest", "llamatuner.champions", "llamatuner.gate"
@@ -24,7 +23,7 @@ def registrations(home: Home) -> tuple[dict[str, list[Version]], str | None]:
     Args:
         home: whose registry is asked; nothing is asked where nothing was ever registered.
     """
-    if not _is_there(home):
+    if not is_tracked(home):
         return {}, None
     client = mlflow_client(home)
     from mlflow.exceptions import MlflowException
@@ -42,10 +41,6 @@ def registrations(home: Home) -> tuple[dict[str, list[Version]], str | None]:
     except MlflowException as error:
         return {}, f"MLflow's registry cannot be read: {next(iter(str(error).splitlines()), '')}"
     return found, None
-
-
-def _is_there(home: Home) -> bool:
-    return TRACKING_URI in os.environ or (home.mlflow / "mlflow.db").exists()
 
 
 def _all(search: Any, *arguments: str) -> list[Any]:
@@ -70,7 +65,7 @@ def version_of(uri: str, home: Home) -> Any:
     if not name or not (alias or number):
         cure = "E.g. models:/NAME@champion or models:/NAME/3."
         raise InputError(Problem(uri, "is no address of a registered model", cure))
-    if not _is_there(home):
+    if not is_tracked(home):
         cure = f"Set LLAMATUNER_HOME or {TRACKING_URI}."
         raise InputError(Problem(uri, f"nothing is registered in {home.path}", cure))
     client = mlflow_client(home)

@@ -99,9 +99,11 @@ class LogView:
 
     Args:
         write: takes one line.
+        notes: whether notes of steps are written.
     """
 
-    def __init__(self, write: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[[str], None], notes: bool = True) -> None:
+        self._notes = notes
         self._write, self._last, self._lock = write, dict[str, float](), threading.Lock()
         self._begun: dict[str, tuple[float, int]] = {}
 
@@ -112,7 +114,7 @@ class LogView:
         self._write(f"{step.title:<34} started")
 
     def event(self, step: Step, event: dict[str, Any]) -> None:
-        if event["kind"] == "note":
+        if event["kind"] == "note" and self._notes:
             self._write(f"{step.title}: {event['text']}")
         if event["kind"] != "progress" or not event.get("total"):
             return

@@ -110,3 +110,13 @@ class Home:
     def prefect(self) -> Path:
         """Prefect's database and logs, when no server is set."""
         return self.path / "prefect"
+
+    @property
+    def servers(self) -> Path:
+        """Which servers `llamatuner up` started, as JSON."""
+        return self.path / "servers.json"
+
+    @property
+    def logs(self) -> Path:
+        """What those servers print, a file each."""
+        return self.path / "logs"

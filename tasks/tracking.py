@@ -20,6 +20,7 @@ from typing import Any
 from registry.home import Home
 from tasks.artifacts import Artifact
 from tasks.locks import locked
+from tasks.servers import MLFLOW, address
 
 EXPERIMENT = "llamatuner"
 RUN_TAG = "llamatuner.run"  # on every run of a tree: the id of the run record
@@ -28,8 +29,30 @@ TRACKING_URI = "MLFLOW_TRACKING_URI"  # of the environment
 
 
 def tracking_uri(home: Home) -> str:
-    """Where MLflow keeps runs: MLFLOW_TRACKING_URI, or SQLite under the home."""
-    return os.environ.get(TRACKING_URI) or f"sqlite:///{home.mlflow / 'mlflow.db'}"
+    """Where MLflow keeps runs: MLFLOW_TRACKING_URI, the server of `llamatuner up`, or SQLite under the home."""
+    return os.environ.get(TRACKING_URI) or address(home, MLFLOW) or f"sqlite:///{home.mlflow / 'mlflow.db'}"
+
+
+def is_tracked(home: Home) -> bool:
+    """Whether there is anything of MLflow's to ask for; without it, asking would make a database."""
+    return TRACKING_URI in os.environ or address(home, MLFLOW) is not None or (home.mlflow / "mlflow.db").exists()
+
+
+def open_experiment(home: Home) -> tuple[Any, str]:
+    """A client, and the id of the experiment of all runs, made if it is not there."""
+    uri = tracking_uri(home)
+    # without a location, artifacts go to ./mlruns of whoever came first
+    ours = uri.startswith("sqlite:") or uri == address(home, MLFLOW)
+    location = (home.mlflow / "artifacts").as_uri() if ours else None
+    if location:
+        home.mlflow.mkdir(parents=True, exist_ok=True)
+    # two processes that make one new database at once would fail
+    with locked(home.locks / "mlflow-start.lock"):
+        client = mlflow_client(home)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found and uri.startswith("sqlite:") and found.artifact_location != location:
+            follow_moved_home(home.mlflow / "mlflow.db", found.artifact_location, str(location))
+        return client, found.experiment_id if found else client.create_experiment(EXPERIMENT, location)
 
 
 class Tracker:
@@ -64,19 +87,7 @@ class Tracker:
 
     def _connect(self) -> Any:
         if self._client is None:
-            uri = tracking_uri(self._home)
-            # without a location, artifacts go to ./mlruns of whoever came first
-            location = (self._home.mlflow / "artifacts").as_uri() if uri.startswith("sqlite:") else None
-            if location:
-                self._home.mlflow.mkdir(parents=True, exist_ok=True)
-            # two processes that make one new database at once would fail
-            with locked(self._home.locks / "mlflow-start.lock"):
-                client = mlflow_client(self._home)
-                found = client.get_experiment_by_name(EXPERIMENT)
-                if found and location and found.artifact_location != location:
-                    follow_moved_home(self._home.mlflow / "mlflow.db", found.artifact_location, location)
-                self._experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, location)
-            self._client = client
+            self._client, self._experiment = open_experiment(self._home)
         return self._client
 
     def start(self, name: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) -> None:
@@ -248,6 +259,7 @@ def mlflow_client(home: Home) -> Any:
     """A client of the runs and the model registry that runs of this home use."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said by us
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which is for one JSON object
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow.tracking import MlflowClient
@@ -307,7 +319,7 @@ def end_dead_run(home: Home, record_id: str, status: str) -> None:
         record_id: of the run record; found by tag, since a process can die before it wrote down any id of MLflow's.
         status: FAILED or KILLED.
     """
-    if TRACKING_URI not in os.environ and not (home.mlflow / "mlflow.db").exists():
+    if not is_tracked(home):
         return
     client = mlflow_client(home)
     experiment = client.get_experiment_by_name(EXPERIMENT)

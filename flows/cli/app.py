@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli.arguments import Json, Overrides, Recipe, Strict
 from flows.cli.evaluating import SeveralValues
 from flows.cli.output import BAD_INPUT, FAILED, INTERRUPTED, print_json, say_error
+from flows.cli.server_commands import server_app
 
 app = typer.Typer(
     name="llamatuner",
@@ -24,14 +26,7 @@ artifacts_app = typer.Typer(
     help="Look at, check and clean up what steps made.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(artifacts_app, name="artifacts")
-
-Recipe = Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML or JSON file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: stages.sft.learning_rate=1e-4"),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
-Strict = Annotated[bool, typer.Option("--strict-versions", help="Other versions of torch, transformers … are a miss.")]
+app.add_typer(server_app)  # without a name: its commands stand beside the others
 
 
 @app.command()

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.cli.looking import without_credentials
 from flows.graph import Pipeline, StageSteps
 from flows.planning import plan
+from flows.services import without_credentials
 from flows.session import TRAINING_RESULTS
 from registry.data_sources import DataSource
 from registry.deepspeed import zero_stage

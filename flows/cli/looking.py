@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 from typing import Any
 
@@ -197,7 +196,9 @@ def show_environment(as_json: bool) -> None:
     """What a bug report needs: versions, devices, memory, paths. No variable's value but our own paths."""
     import psutil
 
+    from flows.services import without_credentials
     from tasks.devices import cuda_devices
+    from tasks.servers import PREFECT, address
     from tasks.steps import RECORDED
     from tasks.tracking import tracking_uri
     from tasks.versions import git_commit, package_version
@@ -216,7 +217,7 @@ def show_environment(as_json: bool) -> None:
         "devices": [f"{d.name}, {d.memory_mib} MiB, compute capability {d.capability}" for d in cuda_devices()],
         "home": str(home.path),
         "home_free_gib": round(shutil.disk_usage(parent).free / 2**30, 1),
-        "prefect_api": without_credentials(os.environ.get("PREFECT_API_URL", "embedded")),
+        "prefect_api": without_credentials(os.environ.get("PREFECT_API_URL") or address(home, PREFECT) or "embedded"),
         "mlflow_tracking": without_credentials(tracking_uri(home)),
     }
     console = people(as_json)
@@ -226,15 +227,3 @@ def show_environment(as_json: bool) -> None:
         console.print(Text(f"{name:<16} {', '.join(value) or 'none' if isinstance(value, list) else value}"))
     if as_json:
         print_json(values)
-
-
-def without_credentials(url: str) -> str:
-    """A URL without user, password and query, which can hold one too.
-
-    >>> without_credentials("https://me:secret@host/api?password=secret")
-    'https://host/api'
-    """
-    scheme, sign, rest = url.partition("://")
-    if not scheme.startswith("sqlite"):  # which is a path, whatever characters it has
-        rest = re.split("[?#]", rest.rpartition("@")[2])[0]
-    return f"{scheme}{sign}{rest}"

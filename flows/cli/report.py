@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +18,9 @@ from flows.view import duration
 from registry.home import Home
 from tasks.evaluation import read_answers
 from tasks.measurements import by_set
+from tasks.servers import MLFLOW, PREFECT, address
 from tasks.steps import Outcome
-from tasks.tracking import tracking_uri
+from tasks.tracking import TRACKING_URI
 from tasks.training_estimate import memory_sentence
 
 
@@ -136,14 +135,16 @@ def _model(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -
 
 
 def _pages(console: Console, home: Home) -> None:
-    """The commands that open the two pages; servers of the user's own have addresses already."""
-    binary = Path(sys.executable).parent
-    if not os.environ.get("PREFECT_API_URL"):
-        line = f"PREFECT_HOME={home.prefect} {binary / 'prefect'} server start"
-        console.print(f"Prefect pages: {line}   → http://127.0.0.1:4200", markup=False, soft_wrap=True)
-    if tracking_uri(home).startswith("sqlite:"):
-        line = f"{binary / 'mlflow'} server --backend-store-uri {tracking_uri(home)} --port 5000"
-        console.print(f"MLflow pages:  {line}   → http://127.0.0.1:5000", markup=False, soft_wrap=True)
+    """Where the two pages are, or what opens them; servers of the user's own have addresses already."""
+    unseen = []
+    for title, variable, name in (("Prefect", "PREFECT_API_URL", PREFECT), ("MLflow", TRACKING_URI, MLFLOW)):
+        url = address(home, name)
+        if url and not os.environ.get(variable):
+            console.print(f"{title} pages: {url.removesuffix('/api')}", markup=False, soft_wrap=True)
+        elif not os.environ.get(variable):
+            unseen.append(title)
+    if unseen:
+        console.print(f"Pages of {' and '.join(unseen)}: llamatuner up", markup=False, soft_wrap=True)
 
 
 def gate_lines(record: dict[str, Any]) -> list[Text]:

@@ -138,10 +138,10 @@ def _flow(session: Any) -> str:
     from flows.pipeline import SESSION, pipeline
     from flows.reconcile import run_tag, settle
 
-    token = SESSION.set(session)
+    token, recipe = SESSION.set(session), session.pipeline.recipe
     try:
         with tags(run_tag(session.record)):
-            pipeline(dict(session.pipeline.recipe.raw), None, session.pipeline.recipe.name, return_state=True)
+            pipeline({**recipe.raw, "name": recipe.name}, return_state=True)
     except (KeyboardInterrupt, TerminationSignal):
         session.stop.set()  # a second signal, or one that met Prefect's handler: what is open is closed below
     except Exception as error:  # noqa: BLE001 - the flow's own failures come back as a state: this is Prefect's API

@@ -1,0 +1,180 @@
+"""Recipes are made known to Prefect, and runs that a worker does end as they should, whatever ends them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows.cli.app import run_app
+from flows.services import ask
+from registry.home import Home
+from registry.recipes import RECIPES
+from tasks.servers import read_servers
+from tests.flows.processes import checkpoint, mlflow_states, record_states, require_nothing_open, wait_until
+from tests.flows.test_servers import free_port, told
+from tests.flows.toy import LONGEST, run, start, toy_recipe
+
+pytestmark = pytest.mark.slow
+Capture = pytest.CaptureFixture[str]
+STEPS = 60
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home whose servers run, with everything deployed."""
+    home = tmp_path_factory.mktemp("deployed") / "home"
+    ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
+    run("up", *ports, LLAMATUNER_HOME=str(home))
+    answer = run("deploy", "--all", LLAMATUNER_HOME=str(home))
+    (home / "deployed.json").write_text(json.dumps(answer["deployments"]))
+    yield home
+    run("down", LLAMATUNER_HOME=str(home))
+
+
+@pytest.fixture
+def here(served: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That home, as the home of this process."""
+    monkeypatch.setenv("LLAMATUNER_HOME", str(served))
+    return served
+
+
+@pytest.fixture
+def api(here: Path) -> str:
+    """Address of its Prefect API."""
+    return str(read_servers(Home(here))["prefect"].url)
+
+
+def test_each_recipe_is_a_deployment_that_any_worker_with_the_package_can_run(here: Path, api: str) -> None:
+    made = {each["name"]: each["id"] for each in json.loads((here / "deployed.json").read_text())}
+    assert list(made) == [*(f"pipeline/{name}" for name in RECIPES), "pipeline/pipeline"]
+    demo = ask(f"{api}/deployments/{made['pipeline/demo']}")
+    assert demo["entrypoint"] == "flows.pipeline.pipeline"
+    assert demo["path"] is None
+    assert demo["parameters"] == {"recipe": "demo"}
+    assert demo["work_pool_name"] == "llamatuner"
+    assert demo["tags"] == ["llamatuner"]
+    assert demo["schedules"] == []
+    assert demo["global_concurrency_limit"]["limit"] == 1
+    assert demo["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    assert demo["description"].startswith("An assistant that knows what LLamaTuner is")
+    fields = demo["parameter_openapi_schema"]["properties"]
+    assert list(fields) == ["recipe", "overrides", "data_only"]
+    assert all(field["description"] for field in fields.values())
+    assert ask(f"{api}/deployments/{made['pipeline/pipeline']}")["parameters"] == {}
+
+
+def test_to_deploy_again_changes_nothing_and_keeps_the_schedule(here: Path) -> None:
+    before = {each["name"]: each["id"] for each in json.loads((here / "deployed.json").read_text())}
+    nightly = run("deploy", "demo", "--cron", "0 3 * * *", "--timezone", "Europe/Berlin")["deployments"]
+    again = run("deploy", "demo")["deployments"]
+    schedule = {"active": True, "cron": "0 3 * * *", "timezone": "Europe/Berlin"}
+    assert nightly == again == [{"name": "pipeline/demo", "id": before["pipeline/demo"], "schedules": [schedule]}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["deploy"], "give names, or --all, and not both"),
+        (["deploy", "dem"], "no shipped recipe of that name to deploy. Did you mean demo?"),
+        (["deploy", "mine.yaml"], "`llamatuner submit mine.yaml` runs any recipe through the deployment `pipeline`"),
+        (["deploy", "--all", "--cron", "0 3 * * *"], "is the schedule of one deployment"),
+        (["deploy", "demo", "--timezone", "UTC"], "belongs to --cron"),
+        (["submit", "dem"], "neither a file nor a known recipe"),
+        (["submit", "demo", "--set", "stages.sft.learning_rate=fast"], "stages.sft.learning_rate"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_bad_input_is_refused_before_anything_is_asked_for(arguments: list[str], said: str, capsys: Capture) -> None:
+    assert said in told(*arguments, code=2, capsys=capsys)["error"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_schedule_that_is_none_is_refused() -> None:
+    problems = run("deploy", "demo", "--cron", "0 3 * *", "--timezone", "Mars", code=2)["problems"]
+    assert [problem["rule"] for problem in problems] == ["'Mars' is no time zone", "'0 3 * *' is no schedule"]
+
+
+def test_without_a_server_the_cure_is_named(capsys: Capture) -> None:
+    error = told("deploy", "demo", code=2, capsys=capsys)["error"]
+    assert error.endswith("Start one with `llamatuner up`, or set PREFECT_API_URL.")
+
+
+def ended(api: str, flow_run: str) -> dict[str, Any]:
+    """The state of a flow run, when it has ended."""
+    deadline = time.monotonic() + LONGEST
+    while time.monotonic() < deadline:
+        state: dict[str, Any] = ask(f"{api}/flow_runs/{flow_run}")["state"]
+        if state["type"] in ENDED:
+            return state
+        time.sleep(0.2)
+    raise AssertionError(f"{flow_run} has not ended")
+
+
+def test_a_run_that_was_started_on_a_page_with_bad_input_fails_with_our_words(here: Path, api: str) -> None:
+    deployment = ask(f"{api}/deployments/name/pipeline/pipeline")["id"]
+    wanted = {"parameters": {"recipe": "demmo", "overrides": []}, "state": {"type": "SCHEDULED"}}
+    flow_run = ask(f"{api}/deployments/{deployment}/create_flow_run", wanted)["id"]
+    state = ended(api, flow_run)
+    assert (state["type"], state["name"]) == ("FAILED", "Failed")
+    assert state["message"] == "Bad input: recipe: 'demmo' is neither a file nor a known recipe. Did you mean demo?"
+    assert record_states(here) == []
+
+
+def test_a_cancelled_run_keeps_its_checkpoints_and_the_next_one_goes_on(here: Path, tmp_path: Path, api: str) -> None:
+    recipe = toy_recipe(tmp_path / "recipe", steps=STEPS)
+    raw = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({name: value for name, value in raw.items() if name != "evaluation"}))
+    process = start("submit", str(recipe), "--json")
+    wait_until(lambda: checkpoint(here) > 2, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=LONGEST)
+    assert process.returncode == 130
+    answer = json.loads(out)
+    flow_run = answer["flow_run_id"]
+    assert answer["status"] == "submitted"
+    assert "sft/train" in err
+    assert f"To cancel it: PREFECT_API_URL={api} prefect flow-run cancel {flow_run}" in err
+    assert ask(f"{api}/flow_runs/{flow_run}")["state"]["type"] == "RUNNING"
+
+    ask(f"{api}/flow_runs/{flow_run}/set_state", {"state": {"type": "CANCELLING"}})  # as `flow-run cancel` does
+    assert ended(api, flow_run)["type"] == "CANCELLED"
+    assert not programs(here)
+    reached = checkpoint(here)
+    assert reached > 2
+    assert record_states(here) == ["cancelled"]
+    assert "RUNNING" not in mlflow_states(here)
+
+    done = run("submit", str(recipe))
+    assert (done["status"], done["deployment"]) == ("completed", "pipeline/pipeline")
+    (trained,) = here.glob("artifacts/train/*/manifest.json")
+    assert json.loads(trained.read_text())["counts"]["resumed_from"] == reached
+    assert record_states(here) == ["cancelled", "completed"]
+    require_nothing_open(here)
+
+
+def programs(home: Path) -> list[psutil.Process]:
+    """Training programs of a home that run."""
+    spec = str(home / "work")
+    return [each for each in psutil.process_iter(["cmdline"]) if spec in " ".join(each.info["cmdline"] or [])]
+
+
+def test_down_stops_a_run_of_the_worker_and_closes_it(here: Path, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path / "recipe", steps=400)
+    run("submit", str(recipe), "--no-follow")
+    worker = start("logs", "worker", "-f")
+    wait_until(lambda: checkpoint(here) > 2, worker)
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(LONGEST) == 0
+    assert run_app(["down"]) == 0
+    assert not programs(here)
+    assert checkpoint(here) > 2
+    assert record_states(here)[-1] == "cancelled"
+    assert "RUNNING" not in mlflow_states(here)
