@@ -107,7 +107,9 @@ def test_killed_ones_are_told_of_and_started_again_where_they_were(here: Path, c
     before = read_servers(Home(here))
     everything = [process for server in before.values() for process in family(server)]
     assert len(everything) > len(NAMES)  # MLflow's has a child, which is left when it is killed
-    kill([psutil.Process(server.pid) for server in before.values()])
+    killed = [psutil.Process(server.pid) for server in before.values()]
+    kill(killed)
+    require_gone(killed)
     answer = told("status", code=1, capsys=capsys)
     assert {name: line["state"] for name, line in answer["servers"].items()} == dict.fromkeys(NAMES, "dead")
     assert answer["status"] == "partly"
@@ -122,7 +124,9 @@ def test_killed_ones_are_told_of_and_started_again_where_they_were(here: Path, c
 def test_without_its_worker_nothing_is_submitted(here: Path) -> None:
     run("deploy", "demo")  # in a process of its own: Prefect keeps the address of the first server it hears of
     runs = len(prefect_states(here / "prefect" / "prefect.db"))
-    kill([psutil.Process(pids(here)["worker"])])
+    worker = psutil.Process(pids(here)["worker"])
+    kill([worker])
+    require_gone([worker])
     (problem,) = run("submit", "demo", code=2)["problems"]
     assert problem["rule"] == "no worker is alive that would do the run"
     assert len(prefect_states(here / "prefect" / "prefect.db")) == runs
