@@ -133,9 +133,6 @@ def as_measurement(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Translated]:
             origin = found.origins.get(key, key)
             found.renamed.pop(origin, None)
             found.without_effect[origin] = UNTRAINED
-            if key in ("quant_bit", "use_qlora") and found.settings[key]:
-                rule, cure = "models are measured as they were saved, not quantised", "Remove it."
-                found.problems.append(Problem(origin, rule, cure))
     if isinstance(raw.get("evaluation"), dict):
         asked |= raw["evaluation"]
     if raw.get("adapter_name_or_path") and raw.get("model_name_or_path"):

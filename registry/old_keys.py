@@ -252,8 +252,7 @@ OLD_KEYS: dict[str, OldKey] = dict(
             new_special_tokens_config=(),
             init_special_tokens="noise_init",
         ),
-        *_refused("the lowest held-out loss is the best", "Remove it.", "greater_is_better"),
-        *_refused("the lowest held-out loss is the best", "Remove it.", metric_for_best_model=("loss", "eval_loss")),
+        *_refused("of a loss less is better, of anything else more", "Remove it.", "greater_is_better"),
         *_refused("FSDP divides all that it can", "Use fsdp: true.", fsdp_config=({},)),
         *_refused("adapters are named by their folder", "Use adapter_name_or_path.", adapter_folder=()),
         # texts alone

@@ -132,7 +132,13 @@ def _optional(value: Any, settings: Mapping[str, Any]) -> Meaning | None:
     return NOTHING if value is None else None
 
 
+def _best_metric(value: Any, settings: Mapping[str, Any]) -> Meaning | None:
+    """The default in transformers' words and ours."""
+    return NOTHING if value in (None, "loss", "eval_loss") else None
+
+
 CONVERSIONS: dict[str, Convert] = {
+    "metric_for_best_model": _best_metric,
     "eval_strategy": _eval_strategy,
     "evaluation_strategy": _eval_strategy,
     "warmup_steps": _warmup_steps,
@@ -159,6 +165,7 @@ CONVERSIONS: dict[str, Convert] = {
 }
 """Argument → what its values mean."""
 MEANINGS = {
+    "metric_for_best_model": "the same; `loss` is `eval_loss`",
     "eval_strategy": "`eval_steps`, or `logging_steps` where that is not given; `no` measures after training only",
     "evaluation_strategy": "as `eval_strategy`",
     "warmup_steps": "`warmup_ratio`, with `max_steps`; below 1 it is that share",

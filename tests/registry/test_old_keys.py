@@ -155,6 +155,7 @@ def test_a_config_of_a_benchmark_is_a_recipe_that_measures() -> None:
     assert problems == []
 
 
-def test_a_quantised_model_is_not_measured_in_silence() -> None:
-    _, _, problems = as_recipe({"model_name_or_path": "m", "task": "mmlu_test", "quantization_bit": 4})
-    assert [problem.where for problem in problems] == ["quantization_bit"]
+def test_a_model_is_measured_in_the_bits_that_a_config_says() -> None:
+    recipe, _, problems = as_recipe({"model_name_or_path": "m", "task": "mmlu_test", "quantization_bit": 4})
+    assert problems == []
+    assert recipe["quant_bit"] == 4
