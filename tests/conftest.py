@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from absl.logging import get_absl_handler
 
 pytest.register_assert_rewrite("tests.flows.processes", "tests.flows.refusals", "tests.flows.toy")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and on matrices this small threads wait for each other
+# Its handler (rouge-score brings it) closes the stream it was made with when somebody configures logging anew, as
+# Prefect does; only the process's own it never closes. Of a test it would be the one in which pytest keeps output.
+get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

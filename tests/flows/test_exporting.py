@@ -113,7 +113,7 @@ def test_a_chain_is_one_run_and_a_change_of_dpo_redoes_dpo_only(recipe: str) -> 
     assert results["dpo"]["train.rewards/margins"]["value"] != 0.0
     plan = run("plan", recipe, "--set", "stages.dpo.pref_beta=0.3")
     waiting = {f"{step['stage']}/{step['step']}" for step in plan["steps"] if step["state"] != "cached"}
-    assert waiting == {"dpo/train", "dpo/merge", "dpo/evaluate"}
+    assert waiting == {"dpo/train", "dpo/merge", "dpo/evaluate", "dpo/implicit_reward"}
     assert run("run", recipe)["status"] == "up-to-date"
 
 
@@ -241,7 +241,7 @@ def test_a_run_that_is_not_finished_is_refused_with_what_is_missing(
     target = ("--to", str(tmp_path / "out"))
     answer = ask(capsys, recipe, "--stage", "dpo", "--set", "stages.dpo.pref_beta=0.3", *target, code=2)
     assert answer["error"] == (
-        "export: stage dpo is not done: dpo/train (train.pref_beta 0.1 → 0.3), and 2 steps behind. "
+        "export: stage dpo is not done: dpo/train (train.pref_beta 0.1 → 0.3), and 3 steps behind. "
         f"First run `llamatuner run {recipe}`, with the same --set."
     )
     # what another stage lacks is of no account
