@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import random
 import shutil
 import threading
 from dataclasses import replace
@@ -17,36 +14,20 @@ import numpy
 import pytest
 import torch
 
-from registry.benchmarks import find_benchmark
 from registry.errors import InputError
-from registry.evaluation_records import BenchmarkSettings, EvaluationSettings
 from registry.home import Home
 from registry.loading import load_recipe
 from registry.recipe import StageSettings
 from tasks.artifacts import Store
-from tasks.benchmark import benchmark_step, pattern
-from tasks.benchmark_numbers import RATIOS, drawn_again, metric_name
-from tasks.benchmark_program import ready, work
+from tasks.benchmark import pattern
 from tasks.digests import DigestMemory
-from tasks.intervals import SEED
-from tasks.measurements import DRAWN, numbers, read_results
-from tasks.program import Events, ProgramError, Spec
+from tasks.measurements import numbers, read_results
+from tasks.program import ProgramError
 from tasks.steps import Input, LocalFolder, Step, do, prepare
 from tasks.train.loading import load_base
 from tests.flows.toy import toy_recipe
-from tests.tiny import read_lines, tiny_model, write_spec
-
-WORDS = ["sun", "rain", "a cold wind", "stone", "the sea", "two", "iron", "a red leaf", "sand"]
-OWN = """\
-task: rivers
-dataset_path: json
-dataset_kwargs: {data_files: {test: rivers.jsonl}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
-"""
+from tests.tasks.benchmark_runs import OWN, Run, directly, step, write_questions
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -68,93 +49,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> StageSettings:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve questions of science, two subjects, sums, and texts."""
-    folder, draw = tmp_path_factory.mktemp("data"), random.Random(3)
-    rows = []
-    for number in range(12):
-        choices = draw.sample(WORDS, 3 + number % 2)
-        listed = " ".join(f"Answer{place}: {choice}" for place, choice in enumerate(choices, 1))
-        forms = "/".join(f"answer{place}" for place in range(1, len(choices) + 1))
-        text = (
-            f"Please choose the correct answer to the question: What is {number}?\n\n{listed}\n\nAnswer format: {forms}"
-        )
-        rows.append({"instruction": text, "answer": f"answer{draw.randint(1, len(choices))}"})
-    (folder / "ARC-Easy_test.json").write_text(json.dumps(rows))
-    for name, count in (("test/law_test", 7), ("dev/law_dev", 3), ("test/old_art_test", 5), ("dev/old_art_dev", 3)):
-        (folder / name).parent.mkdir(exist_ok=True)
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["question", "choice0", "choice1", "choice2", "choice3", "answer"])
-            for number in range(count):
-                # numbers and gaps that a reader must leave as they are written
-                writer.writerow([f"What, {number}?", "1.50", "007", "NA", draw.choice(WORDS), draw.randint(0, 3)])
-    for name in ("train", "test"):
-        sums = [(draw.randint(1, 9), draw.randint(1, 9)) for _ in range(6)]
-        lines = [{"question": f"{a} + {b}?", "answer": f"{a}+{b}\n#### {a + b}"} for a, b in sums]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = [{"text": " ".join(draw.choices(WORDS, k=3 + number))} for number in range(9)]
-    (folder / "rivers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
-    (folder / "rivers.yaml").write_text(OWN)
-    return folder
-
-
-def step(name: str, data: Path, folder: Path, settings: StageSettings, **own: Any) -> Step:
-    wanted = BenchmarkSettings(task=name, **own)
-    benchmark = find_benchmark(wanted, EvaluationSettings(data_dir=str(data)), "evaluation.benchmarks")
-    model = Input(LocalFolder(folder))
-    return benchmark_step("sft", f"benchmark:{benchmark.name}", "tiny", model, benchmark, settings)
-
-
-class Run:
-    """A benchmark that was run."""
-
-    def __init__(self, made: Step, folder: Path, model: Path, batch_size: int = 8) -> None:
-        inputs = {name: one.source.path for name, one in made.inputs.items() if isinstance(one.source, LocalFolder)}
-        runtime = {**made.runtime, "per_device_eval_batch_size": batch_size}
-        self.path = write_spec(folder, made.identity, {**inputs, "model": model}, runtime)
-        spec = Spec.read(self.path)
-        work(spec, Events(spec.events))
-        output = folder / "output"
-        self.results: dict[str, Any] = json.loads((output / "results.json").read_text())
-        self.samples = read_lines(output / "samples.jsonl")
-        self.events = read_lines(folder / "events.jsonl")
-        self.report = json.loads((output / "report" / "lm_eval.json").read_text())
-        with numpy.load(output / DRAWN) as drawn:
-            self.drawn = dict(drawn)
-
-    def value(self, metric: str) -> float:
-        return float(self.results[f"{metric}.0"]["value"])
-
-
-def directly(
-    made: Step, folder: Path, batch_size: int, model: Any = None, softmax_dtype: str | None = None, **more: Any
-) -> Any:
-    """The same definitions run by lm-eval alone, from a file as a person would."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from transformers import AutoTokenizer
-
-    given, source = made.identity["definition"], made.inputs["data"].source
-    assert isinstance(source, LocalFolder)
-    tasks = given["task"] if "group" in given else [given]
-    specs = [ready(task, source.path, made.identity["num_fewshot"]) for task in tasks]
-    lm = HFLM(
-        pretrained=model or load_base(str(folder), torch.float32).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        batch_size=batch_size,
-        softmax_dtype=softmax_dtype,
-    )
-    seed = made.identity.get("seed", 0)
-    return lm_eval.simple_evaluate(
-        model=lm,
-        tasks=specs,
-        task_manager=TaskManager(include_defaults=False),
-        limit=made.identity["limit"],
-        bootstrap_iters=0,
-        fewshot_random_seed=seed,
-        **more,
-    )
+    return write_questions(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -384,56 +279,6 @@ def test_data_of_the_hub_that_is_out_of_reach_is_a_matter_of_the_network(
     assert caught.value.kind == "network"
 
 
-def test_a_metric_is_named_as_people_know_it() -> None:
-    named = {
-        ("acc", "none", 1): "accuracy",
-        ("acc_norm", "none", 1): "accuracy_norm",
-        ("exact_match", "get-answer", 1): "exact_match",
-        ("exact_match", "strict-match", 2): "exact_match_strict",
-        ("exact_match", "flexible-extract", 2): "exact_match_flexible_extract",
-        ("chrf++", "none", 1): "chrf++",
-    }
-    for (metric, kind, filters), name in named.items():
-        assert metric_name(metric, kind, filters) == name
-
-
-@pytest.mark.parametrize(
-    ("name", "items"),
-    [
-        ("mean", [0.0, 1.0, 1.0, 0.25, 0.0]),
-        ("nanmean", [0.0, math.nan, 1.0, 0.25, 0.5]),
-        ("perplexity", [-1.0, -2.5, -0.5, -3.0]),
-        ("weighted_perplexity", [(-10.0, 4), (-3.0, 2), (-20.0, 9)]),
-        ("bits_per_byte", [(-10.0, 4), (-3.0, 2), (-20.0, 9)]),
-        ("brier_score", [(0, [0.7, 0.3]), (1, [0.6, 0.4]), (1, [0.1, 0.9])]),
-        ("f1", [(1, 1), (0, 1), (1, 0), (0, 0), (1, 1), (1, 1)]),
-        ("matthews_corrcoef", [(1, 1), (0, 1), (1, 0), (0, 0), (1, 1), (0, 0)]),
-    ],
-)
-def test_values_drawn_all_at_once_are_those_of_lm_evals_function(name: str, items: list[Any]) -> None:
-    import lm_eval.api.metrics  # noqa: F401 - which fills the registry
-    from lm_eval.api.registry import AGGREGATION_REGISTRY
-
-    function = AGGREGATION_REGISTRY[name]
-    drawn = RATIOS[name](items)
-    assert drawn.shape == (2000,)
-    chosen = numpy.random.default_rng([SEED, len(items)]).integers(0, len(items), (200, len(items)))
-    for place in range(20):
-        again = [items[index] for index in chosen[place]]
-        if name == "f1" and not any(gold or said for gold, said in again):
-            continue
-        assert drawn[place] == pytest.approx(float(function(again)), nan_ok=True), place
-
-
-def test_other_numbers_are_drawn_with_lm_evals_own_function() -> None:
-    from lm_eval.api.metrics import median
-
-    drawn = drawn_again([1.0, 2.0, 3.0, 4.0, 100.0], median)
-    assert drawn.shape == (2000,)
-    assert set(drawn) == {1.0, 2.0, 3.0, 4.0, 100.0}
-    assert float(numpy.median(drawn)) == 3.0
-
-
 def key(made: Step, home: Path) -> str:
     ready_step = prepare(made, Store(Home(home)), DigestMemory(home / "digests.sqlite"))
     assert ready_step is not None
@@ -459,7 +304,11 @@ def test_the_key_holds_what_changes_a_number_and_nothing_else(
     assert key(step("arc_easy", moved, folder, settings), home) != first
     made = step("arc_easy", data, folder, settings)
     assert (made.kind, made.heavy, made.packages) == ("benchmark", True, ("lm_eval",))
-    assert made.runtime == {"per_device_eval_batch_size": 8, "set_names": ["arc_easy"]}
+    assert made.runtime == {
+        "per_device_eval_batch_size": 8,
+        "set_names": ["arc_easy"],
+        "metrics": ("accuracy", "accuracy_norm"),
+    }
     assert "seed" not in made.identity
     assert step("gsm8k", data, folder, settings).identity["seed"] == 42
 
