@@ -51,7 +51,7 @@ def read_servers(home: Home) -> dict[str, Server]:
     """
     try:
         text = home.servers.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a home that cannot be is said where something is written
         return {}
     try:
         return {name: Server(**values) for name, values in json.loads(text).items()}

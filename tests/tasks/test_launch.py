@@ -160,6 +160,8 @@ def test_a_killed_rank_ends_the_others_and_is_named_as_the_cause(program: Any) -
         def work(spec, events):
             events.emit("note", text=str(os.getpid()))
             if os.environ["RANK"] == "1":
+                while not (os.path.exists(spec.events) and os.path.getsize(spec.events)):  # the other is there
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(1.0)
             raise ConnectionError("Connection closed by peer")  # what a rank says that lost another one
