@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from flows.lineage import Lineage
 from flows.lineage_facts import CHUNKS, JOINED, sources
-from flows.registrations import version_of
+from flows.registrations import DIGEST_TAG, version_of
 from flows.run_records import records
 from registry.data_files import is_data
 from registry.errors import InputError, Problem, did_you_mean
@@ -101,7 +101,7 @@ def _cure(asked: str, lineage: Lineage) -> str:
 def _registered(asked: str, lineage: Lineage) -> Model:
     version = version_of(asked, lineage.home)
     key = version.tags.get("llamatuner.key")
-    digest = version.tags.get("llamatuner.digest")
+    digest = version.tags.get(DIGEST_TAG)
     if key is None:
         raise InputError(Problem(asked, "was not registered by a run of LLamaTuner", "Name another version."))
     if lineage.get(key) is None:

@@ -56,8 +56,3 @@ def drawn_ratios(tops: Array, bottoms: Array) -> Array:
     """
     sums = drawn_sums(numpy.stack([tops, bottoms], axis=1).astype(numpy.float64))
     return numpy.divide(sums[:, 0], sums[:, 1], out=numpy.full(len(sums), numpy.nan), where=sums[:, 1] != 0)
-
-
-def mean_limits(values: Array) -> dict[str, float]:
-    """The interval of a mean over rows, [r]."""
-    return limits(drawn_ratios(values, numpy.ones(len(values))))

@@ -7,7 +7,8 @@ import math
 import numpy
 import pytest
 
-from tasks.intervals import DRAWS, MOST, drawn_ratios, drawn_sums, limits, mean_limits
+from tasks.intervals import DRAWS, MOST, drawn_ratios, drawn_sums, limits
+from tasks.measurements import mean
 
 
 def normal(rows: int, seed: int = 0) -> numpy.ndarray:
@@ -17,17 +18,17 @@ def normal(rows: int, seed: int = 0) -> numpy.ndarray:
 @pytest.mark.parametrize("rows", [40, 400, 3 * MOST + 7])
 def test_the_interval_of_a_mean_is_that_of_theory(rows: int) -> None:
     values = normal(rows)
-    found = mean_limits(values)
+    found = mean(values).result
     half = 1.96 * values.std() / math.sqrt(rows)
     assert found["low"] == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert found["high"] == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert mean_limits(values) == found
+    assert mean(values).result == found
 
 
 def test_it_holds_the_true_mean_as_often_as_it_says() -> None:
     inside = 0
     for seed in range(200):
-        found = mean_limits(normal(60, seed))
+        found = mean(normal(60, seed)).result
         inside += found["low"] <= 3.0 <= found["high"]
     assert 182 <= inside <= 198  # 95 % of 200 is 190, 3.1 its standard deviation
 
@@ -37,7 +38,7 @@ def test_two_models_on_the_same_rows_are_drawn_alike() -> None:
     other = one + 0.1 + 0.01 * normal(200, 1)
     difference = limits(drawn_ratios(other, numpy.ones(200)) - drawn_ratios(one, numpy.ones(200)))
     assert 0.1 < difference["low"] < difference["high"] < 0.15
-    apart = mean_limits(one)  # whose own intervals overlap by far
+    apart = mean(one).result  # whose own intervals overlap by far
     assert apart["high"] - apart["low"] > 0.4
 
 
