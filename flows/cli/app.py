@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.arguments import Json, Overrides, Recipe, Strict
-from flows.cli.evaluating import SeveralValues
+from flows.cli.artifact_commands import artifacts_app
 from flows.cli.output import BAD_INPUT, FAILED, INTERRUPTED, print_json, say_error
+from flows.cli.result_commands import result_app
 from flows.cli.server_commands import server_app
 
 app = typer.Typer(
@@ -22,11 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-artifacts_app = typer.Typer(
-    help="Look at, check and clean up what steps made.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(artifacts_app, name="artifacts")
-app.add_typer(server_app)  # without a name: its commands stand beside the others
+app.add_typer(result_app)  # without a name: its commands stand beside the others
+app.add_typer(server_app)
 
 
 @app.command()
@@ -145,108 +144,6 @@ def export(
     raise typer.Exit(export_recipe(recipe, overrides or [], wanted, json))
 
 
-@app.command()
-def score(
-    model: Annotated[str, typer.Argument(help="Folder of a reward model, or the recipe of a finished run.")],
-    file: Annotated[str, typer.Argument(help="Pairs, or conversations whose last answer is scored.")],
-    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Stage of the recipe; its only one of rm.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="New file for JSON lines, one for each row.")] = None,
-    overrides: Overrides = None,
-    json: Json = False,
-) -> None:
-    """Score the answers of a file with a reward model."""
-    from flows.cli.scoring import score_file
-
-    raise typer.Exit(score_file(model, file, stage, out, overrides or [], json))
-
-
-@app.command(cls=SeveralValues)
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="Finished run or recipe (:STAGE), folder, adapter, models:/NAME@ALIAS, or hub id.")
-    ],
-    perplexity: Annotated[
-        list[str] | None, typer.Option(metavar="DATA…", help="Data sets to score: answers, or plain text whole.")
-    ] = None,
-    benchmarks: Annotated[
-        list[str] | None, typer.Option(metavar="TASK…", help="See `list benchmarks`; lm-eval's tasks, files of yours.")
-    ] = None,
-    generate: Annotated[
-        list[str] | None, typer.Option(metavar="DATA…", help="Data sets whose answers are written anew and compared.")
-    ] = None,
-    compare_with: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Measured beside it: its base by default; none, or any model.")
-    ] = None,
-    reward: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Reward model that scores the answers of --generate.")
-    ] = None,
-    data_dir: Annotated[str | None, typer.Option(metavar="FOLDER", help="Read benchmarks from files in it.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples before a question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most questions of each benchmark.")] = None,
-    overrides: Overrides = None,
-    json: Json = False,
-) -> None:
-    """Measure a model, and its base beside it: perplexity, benchmarks, answers against references."""
-    from flows.cli.evaluating import Asked, evaluate_model
-
-    wanted = (perplexity or [], benchmarks or [], generate or [], compare_with, reward, data_dir, num_fewshot, limit)
-    raise typer.Exit(evaluate_model(model, Asked(*wanted), overrides or [], json))
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN…", help="RUN, RUN:STAGE, RECIPE or RECIPE:STAGE; or a measured model.")
-    ],
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser as well.")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Keep it in MLflow and on Prefect's pages as well.")] = False,
-    json: Json = False,
-) -> None:
-    """Show what differs between finished runs, or models, and whether it is more than chance."""
-    from flows.cli.comparing import compare_runs
-
-    compare_runs(runs, html, record, json)
-
-
-@app.command()
-def promote(
-    run: Annotated[str, typer.Argument(help="RUN, RUN:STAGE, RECIPE or RECIPE:STAGE, finished.")],
-    gate: Annotated[
-        list[str] | None, typer.Option("--gate", metavar="CONDITION", help="Such as 'perplexity.mine - champion <= 0'.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Make a model the champion of MLflow's registry if it passes a gate; exit code 1 if not."""
-    from flows.cli.promoting import promote_run
-
-    raise typer.Exit(promote_run(run, gate or [], json))
-
-
-@app.command()
-def rollback(model: Annotated[str, typer.Argument(help="Registered model, RECIPE-STAGE.")], json: Json = False) -> None:
-    """Make the champion before the present one champion again."""
-    from flows.cli.promoting import roll_back_model
-
-    roll_back_model(model, json)
-
-
-@app.command()
-def lineage(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="RUN, RECIPE, either with :STAGE, an artifact, an exported folder or models:/NAME@champion; "
-            "or data: a file, a folder, a data set's name or the beginning of a digest."
-        ),
-    ],
-    json: Json = False,
-) -> None:
-    """Show what a model came from, or which models have seen some data."""
-    from flows.cli.tracing import show_lineage
-
-    show_lineage(what, json)
-
-
 @app.command("list")
 def list_names(
     kind: Annotated[
@@ -285,58 +182,6 @@ def version(json: Json = False) -> None:
         print_json({"version": package_version("llamatuner"), "git_commit": git_commit()})
     else:
         print(f"llamatuner {package_version('llamatuner')}")
-
-
-@artifacts_app.command("ls")
-def artifacts_ls(json: Json = False) -> None:
-    """List artifacts, newest first."""
-    from flows.cli.stored import list_artifacts
-
-    list_artifacts(json)
-
-
-Key = Annotated[str, typer.Argument(help="Beginning of a key, or the artifact's folder name.")]
-
-
-@artifacts_app.command("show")
-def artifacts_show(key: Key, json: Json = False) -> None:
-    """Show an artifact's manifest."""
-    from flows.cli.stored import show_artifact
-
-    show_artifact(key, json)
-
-
-@artifacts_app.command("why")
-def artifacts_why(key: Key, json: Json = False) -> None:
-    """Explain what made an artifact differ from the one nearest to it."""
-    from flows.cli.stored import explain_artifact
-
-    explain_artifact(key, json)
-
-
-@artifacts_app.command("verify")
-def artifacts_verify(
-    key: Annotated[str | None, typer.Argument(help="Beginning of a key; all artifacts without it.")] = None,
-    json: Json = False,
-) -> None:
-    """Read every file and compare it with its sha256."""
-    from flows.cli.stored import verify_artifacts
-
-    raise typer.Exit(verify_artifacts(key, json))
-
-
-@artifacts_app.command("gc")
-def artifacts_gc(
-    keep_runs: Annotated[
-        int, typer.Option(min=0, help="Keep what the newest so many runs of each recipe refer to.")
-    ] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
-    json: Json = False,
-) -> None:
-    """Remove artifacts that no recent run refers to, unfinished work and damaged folders."""
-    from flows.cli.stored import collect_garbage
-
-    collect_garbage(keep_runs, dry_run, json)
 
 
 def run_app(arguments: list[str] | None = None) -> int:
