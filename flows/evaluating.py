@@ -8,19 +8,14 @@ from flows.graph import BASE, Pipeline, require_metrics
 from flows.measuring import HeldOut, Measured, held_out, measuring_steps
 from flows.named_models import NamedModel, find_model
 from flows.reward_models import find_reward_model
-from registry.data_sources import DataSource
-from registry.errors import InputError
 from registry.home import Home
 from registry.recipe import Evaluated, Recipe
 from registry.stage_settings import StageSettings
 from tasks.digests import DigestMemory
-from tasks.fetch import fetch_step
-from tasks.source_rows import source_list
 from tasks.steps import Input, LocalFolder, upstream
 
 MODEL = "model"
 TOKENIZER = "tokenizer.json"
-CHAT, TEXT, PAIRS = "chat", "text", "preference"
 
 
 def build_evaluation(recipe: Recipe, home: Home) -> Pipeline:
@@ -34,7 +29,6 @@ def build_evaluation(recipe: Recipe, home: Home) -> Pipeline:
     settings = recipe.evaluates.settings
     found = find_model(recipe.evaluates.model, home, settings.model.model_revision)
     settings = _as_trained(recipe.evaluates, found)
-    settings = replace(settings, shapes={s.name: _shape(s, settings, memory) for s in settings.perplexity_sources})
     rows = held_out(settings, None, found.model, memory)
     other = found.base
     if evaluation.compare_with not in ("base", "none"):
@@ -60,22 +54,6 @@ def _as_trained(evaluated: Evaluated, found: NamedModel) -> StageSettings:
     bf16 = kept.pop("bf16", settings.train.bf16)
     data = settings.data.model_copy(update=kept)
     return replace(settings, data=data, train=settings.train.model_copy(update={"bf16": bf16}), template=template)
-
-
-def _shape(source: DataSource, settings: StageSettings, memory: DigestMemory) -> str:
-    """What the rows of a set are scored as: plain text whole, pairs by both answers, anything else by its answers."""
-    if source.remote is not None:  # its rows are known when it has been downloaded
-        return CHAT
-    refused: list[InputError] = []
-    for shape in (CHAT, TEXT):
-        given = ((source,), settings.data, settings.runtime, shape, settings.train.seed, memory)
-        try:
-            form = source_list(fetch_step(MODEL, "fetch", *given, split=False), {}, memory)[0].form()
-        except InputError as error:
-            refused.append(error)
-        else:
-            return PAIRS if form.holds == PAIRS else shape
-    raise InputError([problem for error in refused for problem in error.problems], "evaluation.perplexity")
 
 
 def _same_tokenizer(one: NamedModel, other: NamedModel) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flows.named_models import NamedModel
+from registry.data_sources import DataSource
+from registry.errors import InputError
 from registry.recipe import Recipe
 from registry.records import DataSettings
 from registry.stage_settings import StageSettings
@@ -18,10 +20,12 @@ from tasks.generation import generate_step
 from tasks.preferences import implicit_reward_step, starts_at_reference
 from tasks.render import render_step
 from tasks.shards import tokenize_step
+from tasks.source_rows import source_list
 from tasks.steps import Input, Step
 from tasks.win_rate import win_rate_step
 
 ANY = "*"
+CHAT, TEXT, PAIRS = "chat", "text", "preference"
 QUANT_SETTINGS = ("quant_bit", "quant_type", "double_quantization")
 
 
@@ -74,8 +78,8 @@ def held_out(settings: StageSettings, fetched: Step | None, base: Input, memory:
     # of prompts there is nothing to measure: the answers that their data sets have are
     wanted = [(source, "chat" if kind.shape == "prompt" else kind.shape) for source in settings.eval_sources]
     if kind.makes_text:  # of what is compared, the likelihood of the good answers is measured
-        general = "text" if kind.shape == "text" else "chat"
-        wanted += [(source, settings.shapes.get(source.name, general)) for source in settings.perplexity_sources]
+        text = kind.shape == TEXT
+        wanted += [(each, TEXT if text else _scored_as(each, settings, memory)) for each in settings.perplexity_sources]
     for source, shape in wanted:
         parts[source.name] = (fetch(source, shape), ROWS)
 
@@ -99,6 +103,26 @@ def held_out(settings: StageSettings, fetched: Step | None, base: Input, memory:
         step = fetch(source, "prompt", ":prompts")
         found.prompts[source.name] = tokenize(source.name, step, ROWS, ":prompts", data=uncut)
     return found
+
+
+def _scored_as(source: DataSource, settings: StageSettings, memory: DigestMemory) -> str:
+    """What the rows of a set are: plain text is scored whole, pairs by both answers, anything else by its answers."""
+    if source.ranking:
+        return PAIRS
+    if source.formatting == TEXT or set(source.columns) == {"prompt"}:  # an entry of rows that have nothing else
+        return TEXT
+    if source.remote is not None:  # its rows are known when it has been downloaded
+        return CHAT
+    refused: list[InputError] = []
+    for shape in (CHAT, TEXT):
+        given = ((source,), settings.data, settings.runtime, shape, settings.train.seed, memory)
+        try:
+            form = source_list(fetch_step(settings.name, "fetch", *given, split=False), {}, memory)[0].form()
+        except InputError as error:
+            refused.append(error)
+        else:
+            return PAIRS if form.holds == PAIRS else shape
+    raise InputError([problem for error in refused for problem in error.problems], "evaluation.perplexity")
 
 
 def measuring_steps(

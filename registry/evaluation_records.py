@@ -18,7 +18,7 @@ class BenchmarkSettings(Record):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Solved examples in front of every question."""
     limit: Steps | None = None
-    """Most questions, in the order of the data."""
+    """Most questions, of a group of each subject, in the order of the data."""
     apply_chat_template: bool | None = None
     """Ask every question as a message of a user."""
 
@@ -70,7 +70,8 @@ class EvaluationSettings(GenerationSettings):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Solved examples in front of every question of a benchmark; nothing leaves it to the benchmark."""
     limit: Steps | None = None
-    """Most questions of each benchmark, in the order of its data; for trying things out."""
+    """Most questions of each benchmark, of a group (`mmlu`) of each subject, in the order of its data; for trying
+    things out."""
     apply_chat_template: bool = False
     """Ask the questions of benchmarks as messages of a user."""
     generate: Datasets = ()

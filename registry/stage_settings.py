@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,11 @@ class StageSettings:
     eval_sources: tuple[DataSource, ...]
     """Held-out data sets of the stage, with rows as it is trained on."""
     perplexity_sources: tuple[DataSource, ...]
-    """Those of `evaluation.perplexity` that are not among them; conversations, or text for a stage of text."""
+    """Those of `evaluation.perplexity` that are not among them: text for a stage of text, else what their rows are."""
     generate_sources: tuple[DataSource, ...]
     """Those of `evaluation.generate`."""
     template: str | None
     """Jinja text of the chat template; None: the model's own."""
-    shapes: Mapping[str, str] = field(default_factory=dict)
-    """Of `perplexity_sources`, by name, where their rows say it and not the stage; see `tasks.formats`."""
 
     def references(self) -> dict[str, str]:
         """`model`, `ref_model` and `reward_model` where they name something, a stage or, but for `model`, any model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,18 @@ def test_what_compared_models_read_differently_is_prepared_for_each(folder: Path
     assert {"model/tokenize:held_out", "base/tokenize:held_out"} <= set(found)
 
 
-def test_texts_are_told_from_conversations_by_their_rows(folder: Path) -> None:
+def test_what_a_set_is_scored_as_is_told_by_its_rows_or_its_entry_while_training_as_well(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", 3)
+    (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "which?", "chosen": "this", "rejected": "that"}))
     (folder / "plain.txt").write_text("one\ntwo\n")
-    sets = [str(folder / name) for name in ("rows.jsonl", "plain.txt")]
+    # of what is not there yet the entry says it: open-web-math has a column `text` and nothing else
+    sets = [*(str(folder / name) for name in ("rows.jsonl", "plain.txt", "pairs.jsonl")), "open-web-math", "alpaca"]
     recipe = {"name": "look", "evaluate": str(folder / "model"), "evaluation": {"perplexity": sets}}
+    wanted = ["chat", "text", "preference", "text", "chat"]
     (step,) = build(load_recipe(recipe), Home.open()).measured["model"].steps
-    assert step.identity["shapes"] == ["chat", "text"]
+    assert step.identity["shapes"] == wanted
+    found = identities(folder, evaluation={"perplexity": sets, "questions": []})
+    assert found["sft/evaluate"][1]["shapes"][-5:] == wanted
 
 
 @pytest.mark.parametrize(

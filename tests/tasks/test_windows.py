@@ -14,7 +14,7 @@ import torch
 
 from tasks.evaluate_program import work
 from tasks.program import Events, Spec
-from tasks.scoring import RowScore, bits_per_byte, windows
+from tasks.scoring import RowScore, Shards, bits_per_byte, perplexity, score_rows, windows
 from tasks.tokens import load_tokenizer, text_bytes_of_ids
 from tasks.train.loading import load_base
 from tests.oracle import ORACLE, need_oracle, smollm2, tokenizer_folder
@@ -87,6 +87,33 @@ def test_a_long_text_is_scored_as_by_a_plain_loop_over_its_windows(tmp_path: Pat
         assert tokens == sum(len(ids) - 1 for ids in texts) == found["tokens"]
         assert found["value"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
         assert found["rows"] == 3
+
+
+def test_the_padding_side_of_the_tokenizer_and_how_rows_are_split_have_no_influence(tmp_path: Path) -> None:
+    folder, rows = tiny_model(tmp_path / "model"), [list((TEXT * count).encode()) for count in (1, 3, 2)]
+    shards = write_shards(tmp_path / "one", [{"input_ids": ids, "labels": ids} for ids in rows], "text")
+    config = folder / "tokenizer_config.json"
+    found = []
+    for side in ("left", "right"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": side}))
+        found.append(evaluate(tmp_path / side, folder, shards, 500, 499, 3)["perplexity.0"])
+    assert found[0] == found[1]
+    model = load_base(str(folder), torch.float32).eval()
+    parts = [
+        score_rows(model, Shards(write_shards(tmp_path / f"{first}", split, "text"), "text"), 3)
+        for first, split in enumerate([[{"input_ids": ids, "labels": ids}] for ids in rows])
+    ]
+    apart = perplexity([score for part in parts for score in part.values()]).result
+    assert apart["value"] == pytest.approx(found[0]["value"], rel=1e-6)
+    # a batch that is padded on the left, by hand: the same likelihoods
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).double(), ids[:, 1:], reduction="none")
+    scored = mask[:, 1:] * mask[:, :-1]
+    assert found[0]["nll"] == pytest.approx(float((nll * scored).sum()), rel=1e-5)
 
 
 def test_bits_per_byte_are_over_the_bytes_of_what_is_scored(tmp_path: Path) -> None:
