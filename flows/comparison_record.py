@@ -46,14 +46,15 @@ def keep_comparison(
     }
     tracker.results(tracker.run_id, values)
     tracker.close_all("FINISHED")
-    if tracker.run_id:
-        say(f"kept in MLflow: comparison.html of run {tracker.run_id}")
+    kept = tracker.root
+    if kept:
+        say(f"kept in MLflow: comparison.html of run {kept}")
     if os.environ.get(PREFECT):
         from prefect.artifacts import create_markdown_artifact
 
         create_markdown_artifact(comparison_text(sides, numbers), key="comparison", description=f"Comparison: {names}")
         say("kept on Prefect's pages: artifact comparison")
-    return tracker.run_id
+    return kept
 
 
 def _there(values: Sequence[dict[str, Any] | None]) -> list[tuple[int, dict[str, Any]]]:

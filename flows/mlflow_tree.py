@@ -82,7 +82,12 @@ class MlflowTree:
             self._trained(run_id, outcome)
         if step is stage.model:
             self._model(step, run_id, outcome)
-        return {"mlflow_run_id": run_id} if outcome.state == "ran" else {}
+        return self._computed_by(run_id, outcome)
+
+    def _computed_by(self, run_id: str | None, outcome: Outcome) -> dict[str, Any]:
+        """For the manifest: the run in which it was made."""
+        known = self._tracker.known_id(run_id)
+        return {"mlflow_run_id": known} if known and outcome.state == "ran" else {}
 
     def _data(self, stage: StageSteps, step: Step, outcome: Outcome) -> None:
         held_out = step is not stage.tokenized
@@ -117,13 +122,13 @@ class MlflowTree:
             self._tracker.metrics(run_id, values, point["step"])
 
     def _link(self, run_id: str | None, outcome: Outcome) -> None:
-        self._tracker.tags(run_id, {COMPUTED_TAG: str(outcome.artifact.manifest.get("mlflow_run_id"))})
+        known = outcome.artifact.manifest.get("mlflow_run_id")  # none where MLflow could not be reached
+        self._tracker.tags(run_id, {COMPUTED_TAG: known} if known else {})
 
     def _model(self, step: Step, run_id: str | None, outcome: Outcome) -> None:
         name = f"{self._pipeline.recipe.name}-{step.stage}"
-        registered = self._tracker.register(run_id, name, outcome.artifact, {"stage": step.stage})
+        self._tracker.register(run_id, name, outcome.artifact, {"stage": step.stage})
         self._tracker.file(run_id, outcome.artifact.path / "manifest.json", "model")
-        self._tracker.tags(run_id, {"llamatuner.model": registered} if registered else {})
 
     def _measured(self, step: Step, outcome: Outcome) -> dict[str, Any]:
         """A run for every measurement, below that of its stage, which has the numbers as well."""
@@ -145,7 +150,7 @@ class MlflowTree:
         for number, (name, path) in enumerate(pictures.items()):
             self._tracker.content(run_id, path.read_bytes, f"rewards/{_file_name(number, name)}.png")
         self._tracker.close(run_id, "FINISHED")
-        return {"mlflow_run_id": run_id} if outcome.state == "ran" else {}
+        return self._computed_by(run_id, outcome)
 
     def end(self, status: str, results: dict[str, dict[str, dict[str, Any]]]) -> None:
         """Close the tree as FINISHED, FAILED or KILLED; the pipeline run shows every stage's results.

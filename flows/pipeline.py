@@ -166,7 +166,7 @@ def _run(session: Session) -> None:
     reconcile(session.home, session.view.say)
     plan_page(plan(session.pipeline, session.store))
     session.tree.begin(session.record.values["id"])
-    session.record.update(mlflow_run_id=session.tracker.run_id)
+    session.record.update(mlflow_run_id=session.tracker.root)
     futures: dict[str, Any] = {}
     for step in session.pipeline.steps:
         needed = [wanted.source for wanted in step.inputs.values() if isinstance(wanted.source, Step)]

@@ -124,7 +124,10 @@ def results_page(session: Session) -> None:
     if session.gate:
         marks = [f"* {'met' if c['met'] else 'not met'}: `{c['condition']}`" for c in session.gate["conditions"]]
         lines += ["", f"Gate: {'passed' if session.gate['passed'] else 'failed'}", "", *marks]
-    lines += ["", f"MLflow run `{session.tracker.run_id}`, run record `{session.record.values['id']}`."]
+    lines += [
+        "",
+        f"MLflow run `{session.tracker.root}`, run record `{session.record.values['id']}`.",
+    ]
     create_markdown_artifact("\n".join(lines), key="results", description="Results of this run")
     picture = draw_results(results)
     if picture is not None:

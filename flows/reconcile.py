@@ -9,7 +9,7 @@ from uuid import UUID
 
 from flows.run_records import RunRecord, records
 from registry.home import Home
-from tasks.tracking import end_dead_run
+from tasks.tracking import end_dead_run, tell_what_waits
 
 SETTLE_SECONDS = 10.0
 
@@ -21,6 +21,7 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
         home: whose runs.
         say: told what was closed.
     """
+    tell_what_waits(home, say)
     for record in records(home):
         if not record.died():
             continue

@@ -162,6 +162,7 @@ class Session:
         status = self.status()
         self.tree.end({"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[status], self.results())
         ending = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}
+        ending["mlflow_run_id"] = self.tracker.root
         self._write(self.record.end, status=status, **ending)
         if status == "completed":
             self._decide()

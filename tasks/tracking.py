@@ -2,30 +2,37 @@
 
 One decision: the flow process owns every run, opening and closing it, and forwards what programs report; programs never
 import MLflow. So no run is left open by a killed program, a metric has one value per step also after a resume, and
-trouble with the tracking server is said once and never fails or changes training.
+trouble with the tracking server is said once and never fails or changes training. What MLflow cannot
+be told is kept, and told later.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from registry.home import Home
 from tasks.artifacts import Artifact
 from tasks.locks import locked
+from tasks.mlflow_entries import OPENED_TAG, TRACKING_URI, Connection, Entry, tell, unreachable
+from tasks.mlflow_journal import WAITING, Journal, left_behind, named
 from tasks.servers import MLFLOW, address
 
 EXPERIMENT = "llamatuner"
 RUN_TAG = "llamatuner.run"  # on every run of a tree: the id of the run record
 LONGEST_PARAM = 500  # characters; the whole settings are kept as an artifact
-TRACKING_URI = "MLFLOW_TRACKING_URI"  # of the environment
+FIRST_PAUSE, LONGEST_PAUSE = (
+    15.0,
+    240.0,
+)  # seconds between attempts to reach MLflow: asking a server that hangs takes long
 
 
 def tracking_uri(home: Home) -> str:
@@ -38,9 +45,14 @@ def is_tracked(home: Home) -> bool:
     return TRACKING_URI in os.environ or address(home, MLFLOW) is not None or (home.mlflow / "mlflow.db").exists()
 
 
-def open_experiment(home: Home) -> tuple[Any, str]:
-    """A client, and the id of the experiment of all runs, made if it is not there."""
-    uri = tracking_uri(home)
+def open_experiment(home: Home, uri: str | None = None) -> tuple[Any, str]:
+    """A client, and the id of the experiment of all runs, made if it is not there.
+
+    Args:
+        home: of the runs.
+        uri: of the server; that of `tracking_uri` by default.
+    """
+    uri = uri or tracking_uri(home)
     # without a location, artifacts go to ./mlruns of whoever came first
     ours = uri.startswith("sqlite:") or uri == address(home, MLFLOW)
     location = (home.mlflow / "artifacts").as_uri() if ours else None
@@ -48,7 +60,7 @@ def open_experiment(home: Home) -> tuple[Any, str]:
         home.mlflow.mkdir(parents=True, exist_ok=True)
     # two processes that make one new database at once would fail
     with locked(home.locks / "mlflow-start.lock"):
-        client = mlflow_client(home)
+        client = mlflow_client(home, uri)
         found = client.get_experiment_by_name(EXPERIMENT)
         if found and uri.startswith("sqlite:") and found.artifact_location != location:
             follow_moved_home(home.mlflow / "mlflow.db", found.artifact_location, str(location))
@@ -60,74 +72,132 @@ class Tracker:
 
     Args:
         home: where MLflow's own files go when no server is set.
-        say: told once when tracking does not work.
+        say: told when MLflow cannot be reached, and when it has everything again.
     """
 
     def __init__(self, home: Home, say: Callable[[str], None]) -> None:
         self._home, self._say, self._lock = home, say, threading.RLock()
-        self._client: Any = None
-        self._experiment = ""
+        self._connection: Connection | None = None
+        self._journal: Journal | None = None
+        self._next_attempt, self._pause = 0.0, FIRST_PAUSE
+        self._ids: dict[str, str] = {}
         self._dead = False
         self._steps: dict[str, int] = {}
         self._open: list[str] = []
         self.run_id: str | None = None
 
-    def _try(self, action: Callable[[Any], Any]) -> Any:
-        """Do something with the client; the first failure is said, and tracking ends there."""
+    def _tell(self, do: str, run_id: str | None, **values: Any) -> Any:
+        """Tell MLflow one thing, or keep it for when that can be done; what MLflow answers, None when it does not."""
+        if run_id is None:
+            return None
         with self._lock:
             if self._dead:
                 return None
-            try:
-                return action(self._connect())
-            except Exception as error:  # noqa: BLE001 - whatever MLflow or its server raises must not end training
-                self._dead = True
-                first = next(iter(str(error).splitlines()), "")  # SQL statements and their parameters follow
-                self._say(f"MLflow tracking stopped: {type(error).__name__}: {first}. The run itself goes on.")
-                return None
+            entry = named({"do": do, "run": run_id, **values}, self._ids)
+            if self._journal is None:
+                try:
+                    return tell(self._connect(), entry)
+                except Exception as error:  # noqa: BLE001 - whatever MLflow or its server raises must not end training
+                    if not unreachable(error):
+                        return self._refused(entry, error)
+                    self._begin_journal(error)
+            self._keep(entry)
+            if time.monotonic() >= self._next_attempt:
+                self._deliver()
+            return None
 
-    def _connect(self) -> Any:
-        if self._client is None:
-            self._client, self._experiment = open_experiment(self._home)
-        return self._client
+    def _connect(self) -> Connection:
+        if self._connection is None:
+            client, experiment = open_experiment(self._home)
+            self._connection = Connection(client, experiment, self._home.locks)
+        return self._connection
+
+    def _refused(self, entry: Entry, error: Exception) -> None:
+        self._say(f"MLflow does not take {entry['do']} of a run: {_first_line(error)}. The run itself goes on.")
+        self._dead = entry["do"] == "open"  # nothing can be said of a run that is not there
+
+    def _begin_journal(self, error: Exception) -> None:
+        self._say(f"MLflow cannot be reached: {_first_line(error)}. The run goes on; MLflow is told later.")
+        self._next_attempt = time.monotonic() + self._pause
+        try:
+            self._journal = Journal.begin(self._home, os.environ.get(TRACKING_URI))
+        except OSError as fault:
+            self._give_up(fault)
+
+    def _keep(self, entry: Entry) -> None:
+        try:
+            if self._journal is not None:
+                self._journal.add(entry)
+        except OSError as fault:
+            self._give_up(fault)
+
+    def _give_up(self, fault: OSError) -> None:
+        self._dead = True
+        self._say(f"what MLflow is to be told cannot be kept either: {fault}. The run itself goes on.")
+
+    def _deliver(self) -> None:
+        """Tell what waits; when that does not work, the next attempt is later."""
+        if self._journal is None or self._dead:
+            return
+        self._connection = None  # its server may have come back at another address
+        try:
+            self._ids |= self._journal.deliver(self._connect(), self._refused)
+        except Exception as error:
+            if not unreachable(error):
+                raise
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._next_attempt = time.monotonic() + self._pause
+            return
+        self._journal, self._pause = None, FIRST_PAUSE
+        self._say("MLflow can be reached again and has been told everything")
+
+    def known_id(self, run_id: str | None) -> str | None:
+        """The id under which MLflow has a run; None as long as it has not heard of it."""
+        found = self._ids.get(run_id or "", run_id)
+        return None if found is None or found.startswith(WAITING) else found
+
+    @property
+    def root(self) -> str | None:
+        """The pipeline's run, as `known_id` has it."""
+        return self.known_id(self.run_id)
 
     def start(self, name: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) -> None:
         """Open the pipeline's run and keep its recipe."""
-        self.run_id = self._open_run(name, dict(tags), None)
+        self.run_id = self.open(name, None, tags)
         self.dictionary(self.run_id, recipe, "recipe.yaml")
 
     def open(self, name: str, parent: str | None, tags: Mapping[str, str]) -> str | None:
-        """Open a child run; its id, or None when tracking does not work."""
-        return self._open_run(name, dict(tags), parent)
-
-    def _open_run(self, name: str, tags: dict[str, str], parent: str | None) -> str | None:
-        def action(client: Any) -> str:
-            labels = tags | ({"mlflow.parentRunId": parent} if parent else {})
-            run: str = client.create_run(self._experiment, run_name=name, tags=labels).info.run_id
-            self._open.append(run)
-            return run
-
+        """Open a run, below another one or not; its id, a passing one as long as MLflow cannot be reached."""
+        mark = uuid4().hex
+        labels = {**tags, OPENED_TAG: mark}
         with self._lock:
-            found: str | None = self._try(action)
-            return found
+            found = self._tell("open", WAITING + mark, name=name, parent=parent, tags=labels, time=_now())
+            if self._dead:
+                return None
+            run_id = str(found or self._ids.get(WAITING + mark) or WAITING + mark)
+            self._open.append(run_id)
+            return run_id
 
     def close(self, run_id: str | None, status: str) -> None:
         """End a run as FINISHED, FAILED or KILLED."""
         if run_id in self._open:
-            self._try(lambda client: client.set_terminated(run_id, status))
+            self._tell("end", run_id, status=status, time=_now())
             self._open.remove(run_id)
 
     def close_all(self, status: str) -> None:
-        """End whatever is open, children first."""
+        """End whatever is open, children first; what MLflow cannot be told is left to the next run."""
         for run_id in reversed(list(self._open)):
             self.close(run_id, status)
+        with self._lock:
+            self._deliver()
+            if self._journal is not None and not self._dead:
+                self._journal.leave()
+                self._say("MLflow still cannot be reached; the next run, or `llamatuner doctor`, tells it the rest")
 
     def params(self, run_id: str | None, values: Mapping[str, Any]) -> None:
         """Short params, each once."""
-        if run_id and values:
-            from mlflow.entities import Param
-
-            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in values.items()]
-            self._try(lambda client: client.log_batch(run_id, params=params))
+        if values:
+            self._tell("params", run_id, values={name: str(value)[:LONGEST_PARAM] for name, value in values.items()})
 
     def metrics(self, run_id: str | None, values: Mapping[str, float], step: int = 0) -> None:
         """One point of each metric; a step already logged to this run is not logged again."""
@@ -138,28 +208,20 @@ class Tracker:
 
     def results(self, run_id: str | None, values: Mapping[str, float]) -> None:
         """Final values, at step 0."""
-        if run_id and values:
+        if values:
             self._log(run_id, values, 0)
 
-    def _log(self, run_id: str, values: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
-        self._try(lambda client: client.log_batch(run_id, metrics=metrics))
+    def _log(self, run_id: str | None, values: Mapping[str, float], step: int) -> None:
+        self._tell("metrics", run_id, values={k: float(v) for k, v in values.items()}, step=step, time=_now())
 
     def tags(self, run_id: str | None, values: Mapping[str, str]) -> None:
         """Set tags."""
-        if run_id and values:
-            from mlflow.entities import RunTag
-
-            labels = [RunTag(name, value) for name, value in values.items()]
-            self._try(lambda client: client.log_batch(run_id, tags=labels))
+        if values:
+            self._tell("tags", run_id, values=dict(values))
 
     def dictionary(self, run_id: str | None, value: Mapping[str, Any], file: str) -> None:
         """Keep a mapping as a YAML or JSON artifact."""
-        if run_id:
-            self._try(lambda client: client.log_dict(run_id, dict(value), file))
+        self._tell("dictionary", run_id, value=dict(value), file=file)
 
     def table(self, run_id: str | None, rows: Sequence[Mapping[str, Any]], file: str) -> None:
         """Keep rows as a table that MLflow's pages show, in place of one of that name."""
@@ -172,8 +234,8 @@ class Tracker:
 
     def file(self, run_id: str | None, path: Path, folder: str | None = None) -> None:
         """Keep a file as an artifact."""
-        if run_id and path.is_file():
-            self._try(lambda client: client.log_artifact(run_id, str(path), folder))
+        if path.is_file():
+            self._tell("file", run_id, path=str(path), folder=folder)
 
     def content(self, run_id: str | None, make: Callable[[], bytes], file: str) -> None:
         """Keep bytes, made only when somebody keeps them, as an artifact.
@@ -183,80 +245,57 @@ class Tracker:
             make: gives the bytes.
             file: path of the artifact in the run, with or without folders.
         """
-        if run_id is None or self._dead:
-            return
-        content, path = make(), PurePosixPath(file)  # here, so that a fault in it is not taken for one of MLflow
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / path.name).write_bytes(content)
-            self.file(run_id, Path(folder) / path.name, str(path.parent) if path.parent.name else None)
+        if run_id is not None and not self._dead:
+            self._tell("content", run_id, file=file, base64=base64.b64encode(make()).decode())
 
     def inputs(self, run_id: str | None, datasets: Mapping[str, tuple[str, str]], context: str) -> None:
         """Data set name → (where it is from, digest), as inputs of a run."""
-        if run_id is None:
-            return
+        self._tell("inputs", run_id, datasets={name: list(each) for name, each in datasets.items()}, context=context)
 
-        def action(client: Any) -> None:
-            from mlflow.entities import Dataset, DatasetInput, InputTag
-
-            entries = [
-                DatasetInput(
-                    Dataset(name=name, digest=digest[:36], source_type="local", source=source),
-                    [InputTag("mlflow.data.context", context)],
-                )
-                for name, (source, digest) in datasets.items()
-            ]
-            client.log_inputs(run_id, entries)
-
-        self._try(action)
-
-    def register(self, run_id: str | None, name: str, model: Artifact, params: Mapping[str, Any]) -> str | None:
-        """Register a model by reference: its folder and digest, no copy.
-
-        Returns:
-            `name/version`, the version there already when this digest is registered; None when tracking is down.
-        """
-        if run_id is None:
-            return None
-
-        def action(client: Any) -> str:
-            import mlflow
-            from mlflow.exceptions import MlflowException
-
-            try:
-                client.get_registered_model(name)
-                for version in client.search_model_versions(f"name='{name}'"):
-                    if version.tags.get("llamatuner.digest") == model.digest:
-                        return f"{name}/{version.version}"
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                _create_registered_model(client, name)
-            _set_tracking_uri(tracking_uri(self._home))
-            tags = {
-                "llamatuner.digest": model.digest,
-                "llamatuner.key": model.key,
-                "llamatuner.artifact": f"{model.step}/{model.path.name}",
-            }
-            logged = mlflow.create_external_model(
-                name=name,
-                source_run_id=run_id,
-                experiment_id=self._experiment,
-                params={k: str(v) for k, v in params.items()},
-                tags=tags,
-                model_type="causal-lm",
-            )
-            version = client.create_model_version(
-                name, f"models:/{logged.model_id}", run_id, tags=tags, model_id=logged.model_id
-            )
-            return f"{name}/{version.version}"
-
-        with locked(self._home.locks / "mlflow-register.lock"):  # two runs with one model would register it twice
-            found: str | None = self._try(action)
-        return found
+    def register(self, run_id: str | None, name: str, model: Artifact, params: Mapping[str, Any]) -> None:
+        """Register a model by reference: its folder and digest, no copy; its run gets the tag `llamatuner.model`."""
+        tags = {
+            "llamatuner.digest": model.digest,
+            "llamatuner.key": model.key,
+            "llamatuner.artifact": f"{model.step}/{model.path.name}",
+        }
+        self._tell("register", run_id, name=name, tags=tags, params={k: str(v) for k, v in params.items()})
 
 
-def mlflow_client(home: Home) -> Any:
-    """A client of the runs and the model registry that runs of this home use."""
+def tell_what_waits(home: Home, say: Callable[[str], None]) -> bool:
+    """Tell MLflow what ended runs could not; whether nothing waits any more.
+
+    Args:
+        home: of the runs.
+        say: told what came of it.
+    """
+    for journal in left_behind(home):
+        try:
+            client, experiment = open_experiment(home, journal.uri)
+
+            def refused(entry: Entry, error: Exception) -> None:
+                say(f"MLflow does not take {entry['do']} of an earlier run: {_first_line(error)}")
+
+            journal.deliver(Connection(client, experiment, home.locks), refused)
+            say("MLflow has been told what an earlier run could not tell it")
+        except Exception as error:  # noqa: BLE001 - another run's leftovers must not stop this one; what failed is said
+            say(f"what MLflow is to be told of an earlier run still waits: {_first_line(error)}")
+            return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    """SQL statements and their parameters follow it."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def mlflow_client(home: Home, uri: str | None = None) -> Any:
+    """A client of the runs and the model registry that runs of this home use, or those of another server."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails is raised, and said by us
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which is for one JSON object
@@ -264,32 +303,8 @@ def mlflow_client(home: Home) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow.tracking import MlflowClient
 
-    uri = tracking_uri(home)
+    uri = uri or tracking_uri(home)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _set_tracking_uri(uri: str) -> None:
-    """Tell MLflow's functions where runs are kept, and leave the environment as it was: MLflow writes the address into
-    it, where the next run of this process, whose home may be another, would take it for a server that somebody set."""
-    import mlflow
-
-    before = os.environ.get(TRACKING_URI)
-    mlflow.set_tracking_uri(uri)
-    if before is None:
-        os.environ.pop(TRACKING_URI, None)
-    else:
-        os.environ[TRACKING_URI] = before
-
-
-def _create_registered_model(client: Any, name: str) -> None:
-    """Make a registered model, unless another machine just did."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def follow_moved_home(database: Path, before: str, after: str) -> None:

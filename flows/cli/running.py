@@ -111,7 +111,7 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
     print_report(console, pipeline, session.outcomes, home, status, session.failures(), session.gate)
     if told is not None:
         flow_run = session.record.values.get("flow_run_id")
-        runs = session.tracker.run_id, flow_run
+        runs = session.tracker.root, flow_run
         print_json(told(_answer(pipeline, session.outcomes, status, session.steps_json(), *runs, session.gate)))
     errors = session.errors().values()
     if status == "cancelled":

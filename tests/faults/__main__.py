@@ -1,0 +1,76 @@
+"""All faults, as a table: `make test-faults`, or `python -m tests.faults PLACE EVENT` for one of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.faults.events import ALONE, SERVED
+from tests.faults.ground import Ground, undisturbed
+from tests.faults.matrix import HEAD, Cell, alone, cells, served
+from tests.flows.processes import copy_home
+from tests.flows.toy import run
+
+
+def main(wanted: list[str]) -> int:
+    """Run the faults whose place and event have all wanted words in them; 1 when one of them is not good."""
+    os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        os.environ.pop(name, None)
+    chosen = {
+        kind: [each for each in cells(events) if all(word in each for word in wanted)]
+        for kind, events in (("alone", ALONE), ("served", SERVED))
+    }
+    print(HEAD, flush=True)
+    found: list[Cell] = []
+    with tempfile.TemporaryDirectory() as folder:
+        grounds: dict[int, Ground] = {}
+
+        def ground(ranks: int) -> Ground:
+            if ranks not in grounds:
+                grounds[ranks] = undisturbed(Path(folder) / f"ground{ranks}", ranks)
+            return grounds[ranks]
+
+        for place, event in chosen["alone"]:
+            home = Path(folder) / "home"
+            _told(found, alone(ground(2 if event == "SIGKILL rank" else 1), place, event, home))
+            shutil.rmtree(home)
+        if chosen["served"]:
+            with _servers(ground(1), Path(folder) / "served") as home:
+                for place, event in chosen["served"]:
+                    _told(found, served(ground(1), place, event, home))
+    bad = sum(bool(cell.faults) for cell in found)
+    print(f"{len(found)} faults, {len(found) - bad} good, {bad} not")
+    return 1 if bad else 0
+
+
+def _told(found: list[Cell], cell: Cell) -> None:
+    found.append(cell)
+    print(cell.line(), flush=True)
+
+
+@contextmanager
+def _servers(ground: Ground, home: Path) -> Iterator[Path]:
+    """A home with servers that know how to run recipes."""
+    copy_home(ground.home, home)
+    ports = []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            ports.append(str(taken.getsockname()[1]))
+    environment = {"LLAMATUNER_HOME": str(home)}
+    run("up", "--prefect-port", ports[0], "--mlflow-port", ports[1], **environment)
+    run("deploy", "pipeline", **environment)
+    try:
+        yield home
+    finally:
+        run("down", **environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
