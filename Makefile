@@ -3,11 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install lock clean help docs bench-data bench-train bench-ppo bench-memory
+.PHONY: demo test test-faults lint install lock clean help docs bench-data bench-train bench-ppo bench-memory
 
 help:
 	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time about 9 minutes on 2 cores)"
 	@echo "make test   run the whole test suite"
+	@echo "make test-faults   everything that can break a run, at every place of it, as a table (about an hour; WHERE=train)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench-data   time data preparation beside TRL's (about 6 minutes; needs the oracle folder)"
 	@echo "make bench-train MODEL=FOLDER   time LoRA training beside TRL's (about 10 minutes; needs the oracle folder)"
@@ -24,6 +25,9 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(TESTS)
+
+test-faults: install
+	@$(BIN)/python -m tests.faults $(WHERE)
 
 lint: install
 	@$(BIN)/ruff check .

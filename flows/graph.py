@@ -56,8 +56,8 @@ class Pipeline:
     stage dpo's data sets."""
 
     def data_only(self) -> Pipeline:
-        """The data steps alone."""
-        return replace(self, steps=tuple(step for step in self.steps if step.kind in DATA_STEPS))
+        """The data steps alone; nothing is measured, so no gate decides."""
+        return replace(self, steps=tuple(step for step in self.steps if step.kind in DATA_STEPS), measured={})
 
     def befores(self) -> list[str]:
         """Labels of what is measured to compare with."""

@@ -174,6 +174,14 @@ def env(json: Json = False) -> None:
 
 
 @app.command()
+def doctor(json: Json = False) -> None:
+    """Look for what crashes left behind and put it right; exit code 1 if something is left to do."""
+    from flows.cli.doctoring import check_home
+
+    raise typer.Exit(check_home(json))
+
+
+@app.command()
 def version(json: Json = False) -> None:
     """Show the version."""
     from tasks.versions import git_commit, package_version

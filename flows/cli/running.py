@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flows.cli.output import BAD_INPUT, DONE, FAILED, INTERRUPTED, people, print_json, say_error
 from flows.cli.report import print_report
-from flows.graph import Pipeline, build
+from flows.graph import Pipeline, build, gated
 from flows.planning import PlannedStep, plan
 from flows.run_records import last_with_keys, records
 from registry.errors import InputError
@@ -49,7 +49,7 @@ def run_recipe(
     pipeline = build(recipe, home, strict_versions)
     pipeline = pipeline.data_only() if data_only else pipeline
     lines = plan(pipeline, Store(home))
-    if all(line.state == "cached" for line in lines) and not any(record.died() for record in records(home)):
+    if _settled(pipeline, lines, home):
         return _up_to_date(pipeline, lines, home, console, told if as_json else None)
     from flows.preflight import preflight, require_rows
 
@@ -57,6 +57,14 @@ def run_recipe(
         console.print(note, style="yellow", markup=False)
     require_rows(lines)
     return _run(pipeline, lines, home, console, told if as_json else None)
+
+
+def _settled(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> bool:
+    """Whether nothing is to be done: no step, no run that died to be closed, no gate that nobody has decided."""
+    if any(line.state != "cached" for line in lines) or any(record.died() for record in records(home)):
+        return False
+    record = last_with_keys(home, [line.key for line in lines])
+    return gated(pipeline) is None or not pipeline.recipe.evaluation.gate or bool(record and record.values.get("gate"))
 
 
 def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, told: Told | None) -> int:
