@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.measuring import ANY, HeldOut, Measured, held_out, known_metrics, measuring_steps
 from flows.named_models import NamedModel
-from flows.reward_models import find_reward_model, require_rm_stage
+from flows.reward_models import find_reward_model, reading_of, require_rm_stage
 from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import condition
 from registry.home import Home
@@ -110,7 +110,9 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
             reference = Input(stages[named].model) if named in stages else _named_model(named, where, home)
         rewards = _rewards(settings, start, stages, home)
         starts[settings.name] = start
-        stages[settings.name] = _stage(recipe, settings, start, reference, rewards, memory)
+        judge = stages.get(settings.train.reward_model or "")
+        reading = reading_of(judge.settings) if judge else {}
+        stages[settings.name] = _stage(recipe, settings, start, reference, rewards, reading, memory)
     asked = recipe.evaluation.reward_model
     reward = find_reward_model(asked, recipe.name, stages, home) if asked else None
     measured = _measured(recipe, stages, starts, reward)
@@ -276,6 +278,7 @@ def _stage(
     start: Start,
     reference: Input | None,
     rewards: dict[str, Input],
+    reading: dict[str, Any],
     memory: DigestMemory,
 ) -> StageSteps:
     stage, data, train, base = settings.name, settings.data, settings.train, start.model
@@ -291,9 +294,8 @@ def _stage(
     _require_best(stage, train.metric_for_best_model, list(rows.watched), kind.shape)
     adapter = None if train.create_new_adapter else _adapter(settings)  # a new one: the given one is in the base
     checkpoint = _checkpoint(settings)
-    trained = train_step(
-        label, start.name, base, tokenized, settings, reference, adapter, rows.watched, checkpoint, rewards
-    )
+    given = (reference, adapter, rows.watched, checkpoint, rewards, reading)
+    trained = train_step(label, start.name, base, tokenized, settings, *given)
     adapts = METHODS[train.finetuning_type].makes == "adapter"
     model = merge_step(stage, label, base, Input(trained)) if adapts else trained
     return StageSteps(settings, rendered, tokenized, trained, model, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows.named_models import NamedModel, find_model
 from registry.errors import InputError, Problem
@@ -32,10 +32,8 @@ def find_reward_model(asked: str, recipe: str, stages: Mapping[str, StageSteps],
     """
     if asked in stages:
         steps = stages[asked]
-        settings, data = steps.settings, steps.settings.data
-        require_rm_stage(settings, WHERE)
-        kept = {name: getattr(data, name) for name in ("default_system", "enable_thinking", "control_tokens")}
-        reading = {"template": settings.template, **kept, "bf16": bool(settings.train.bf16)}
+        require_rm_stage(steps.settings, WHERE)
+        reading = reading_of(steps.settings) | {"bf16": bool(steps.settings.train.bf16)}
         return NamedModel(Input(steps.model), f"{recipe}-{asked}", None, reading)
     try:
         found = find_model(asked, home, where=WHERE)
@@ -46,6 +44,12 @@ def find_reward_model(asked: str, recipe: str, stages: Mapping[str, StageSteps],
     if isinstance(found.model.source, LocalFolder):
         require_reward_model(found.model.source.path, WHERE)
     return found
+
+
+def reading_of(settings: StageSettings) -> dict[str, Any]:
+    """How the reward model of a stage reads conversations."""
+    kept = {name: getattr(settings.data, name) for name in ("default_system", "enable_thinking", "control_tokens")}
+    return {"template": settings.template, **kept}
 
 
 def require_rm_stage(settings: StageSettings, where: str) -> None:

@@ -37,7 +37,7 @@ class RewardSettings(Record):
 
     reward_model: Text | None = None
     """Model that scores answers: an earlier stage, registry name, hub id or folder. One trained from the stage's own
-    model is held as an adapter beside it."""
+    model is held as an adapter beside it; one with another tokenizer reads the answers as text, in its own template."""
     reward_funcs: Names = ()
     """Rewards beside the model's: `length`, `stopped`, `exact_match`, or code of your own, `FILE.py:function` or
     `module:function`, called as TRL calls its reward functions; the code counts."""

@@ -98,8 +98,15 @@ class TokenizedRows:
 
     def files(self) -> NDArray[numpy.int64]:
         """[rows] the number, counted from 0, that its file has in its data set."""
+        return self._origins("file")
+
+    def sources(self) -> NDArray[numpy.int64]:
+        """[rows] the number, counted from 0, of the data set that each is of."""
+        return self._origins("source")
+
+    def _origins(self, name: str) -> NDArray[numpy.int64]:
         origins = json.loads((self.folder / ORIGINS).read_text(encoding="utf-8"))
-        return numpy.repeat(numpy.array([origin["file"] for origin in origins], numpy.int64), numpy.diff(self.first))
+        return numpy.repeat(numpy.array([origin[name] for origin in origins], numpy.int64), numpy.diff(self.first))
 
     def mark(self, row: int) -> Any:
         """What else is known of a row: the margin of its pair, whether its answer is good, the answer to its prompt."""

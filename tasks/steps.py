@@ -214,6 +214,15 @@ def prepare(step: Step, store: Store, memory: DigestMemory) -> Ready | None:
     return Ready(fingerprint(payload), {name: path for name, (path, _) in present.items()}, digests, payload)
 
 
+def behind(step: Step, *names: str) -> Step:
+    """The step that an input of an input … comes from."""
+    for name in names:
+        source = step.inputs[name].source
+        assert isinstance(source, Step)
+        step = source
+    return step
+
+
 def do(
     step: Step, store: Store, memory: DigestMemory, stop: threading.Event, emit: Callable[[dict[str, Any]], None]
 ) -> Outcome:

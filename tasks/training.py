@@ -15,9 +15,10 @@ from registry.method_records import EMBEDDINGS
 from registry.reward_rules import code_file, is_code, short_name
 from registry.stage_settings import StageSettings
 from tasks.digests import sha256_file
+from tasks.fetch import ROWS
 from tasks.launch import ProgramFailed, run_program
 from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
-from tasks.steps import RESUME_FILE, Input, Step, Work
+from tasks.steps import RESUME_FILE, Input, Step, Work, behind
 from tasks.train.given import GIVEN, GIVEN_WEIGHTS
 
 TRAIN_VERSION = 1  # first form
@@ -40,6 +41,8 @@ TRAINING_RUNTIME = {
     "force_torchrun",
     "sample_steps",
 }
+DEFAULT_READING = {"template": None, "default_system": None, "enable_thinking": None, "control_tokens": "plain"}
+"""How a reward model reads a conversation, where nothing else is known of it."""
 SHARD_FILES = ("*.arrow", "state.json", "dataset_info.json")
 
 
@@ -54,6 +57,7 @@ def train_step(
     held_out: Mapping[str, Step] | None = None,
     checkpoint: Input | None = None,
     rewards: Mapping[str, Input] | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> Step:
     """The step that trains.
 
@@ -70,6 +74,8 @@ def train_step(
         held_out: data set name → tokenize step of what is measured while training.
         checkpoint: of an earlier run, to go on from as `resume` of the settings says.
         rewards: `reward_model` or `reward_adapter`, which scores drawn answers.
+        reading: how a `reward_model` with another tokenizer reads conversations; what is not in it is as in
+            `DEFAULT_READING`.
     """
     nodes = nodes_of_environment()
     inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
@@ -79,6 +85,8 @@ def train_step(
     inputs |= {"adapter": adapter} if adapter else {}
     inputs |= {GIVEN if settings.model.resume == "exact" else GIVEN_WEIGHTS: checkpoint} if checkpoint else {}
     inputs |= {name: Input(found.source, REWARD_FILES) for name, found in (rewards or {}).items()}
+    reads = REWARD_MODEL in inputs  # perhaps with a tokenizer of its own: then it needs texts
+    inputs |= {"rows": rows_of_prompts(shards)} if reads else {}
     code = {short_name(name): code_file(name, "reward_funcs") for name in settings.train.reward_funcs if is_code(name)}
     return Step(
         stage=settings.name,
@@ -92,6 +100,7 @@ def train_step(
         }
         # how far positions are stretched
         | ({"cutoff_len": settings.data.cutoff_len} if settings.train.rope_scaling else {})
+        | ({"reading": DEFAULT_READING | dict(reading or {})} if reads else {})
         | ({"reward_code": {name: sha256_file(file) for name, file in code.items()}} if code else {}),
         inputs=inputs,
         run="tasks.training:train",
@@ -100,6 +109,11 @@ def train_step(
         | ({"reward_files": {name: str(file) for name, file in code.items()}} if code else {}),
         heavy=True,
     )
+
+
+def rows_of_prompts(shards: Step) -> Input:
+    """The canonical rows that tokenized prompts were made of."""
+    return Input(behind(shards, "rendered", "rows"), (f"{ROWS}/*", f"{ROWS}.json"))
 
 
 def _identity(settings: StageSettings) -> dict[str, Any]:

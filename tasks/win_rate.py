@@ -13,19 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from tasks.fetch import ROWS
 from tasks.fingerprint import fingerprint
 from tasks.launch import run_program
 from tasks.measurements import DOCUMENTS, Measure, mean
-from tasks.steps import Input, Step, Work
-from tasks.training import BASE_FILES, REWARD_MODEL, keep_log
+from tasks.steps import Input, Step, Work, behind
+from tasks.training import BASE_FILES, DEFAULT_READING, REWARD_MODEL, keep_log, rows_of_prompts
 
 VERSION = 1
 ANSWER, REFERENCE, BASE = "answer", "reference", "base"
 SCORE, WIN_RATES = "reward_score", {REFERENCE: "win_rate_reference", BASE: "win_rate_base"}
 ANSWER_FILES = ("answers.jsonl",)
-READING = ("template", "default_system", "enable_thinking", "control_tokens", "bf16")
-"""How a reward model reads a conversation."""
 
 
 class ScoredRow(NamedTuple):
@@ -62,7 +59,7 @@ def win_rate_step(
         base: the same of the model that it is compared with.
         set_name: present name of the data set.
         reward_model: the weights.
-        reading: `READING`, how it reads conversations; what is not in it is as it is by default.
+        reading: it reads conversations; what is not in it is as in `DEFAULT_READING`.
         per_device_eval_batch_size: texts that go through it together.
     """
     prompts = generated.inputs["set.0"].source
@@ -72,16 +69,15 @@ def win_rate_step(
         "set.0": Input(prompts),
         "answers": Input(generated, ANSWER_FILES),
     }
-    inputs |= {"rows": Input(_behind(prompts, "rendered", "rows"), (f"{ROWS}/*", f"{ROWS}.json"))}
+    inputs |= {"rows": rows_of_prompts(prompts)}
     if base is not None:
-        inputs |= {"base_prompts": Input(_behind(base, "set.0")), "base_answers": Input(base, ANSWER_FILES)}
-    defaults = {"template": None, "default_system": None, "enable_thinking": None, "control_tokens": "plain"}
+        inputs |= {"base_prompts": Input(behind(base, "set.0")), "base_answers": Input(base, ANSWER_FILES)}
     return Step(
         stage=stage,
         name=name,
         version=VERSION,
         label=label,
-        identity=defaults | {"bf16": False} | dict(reading),
+        identity=DEFAULT_READING | {"bf16": False} | dict(reading),
         inputs=inputs | {REWARD_MODEL: Input(reward_model.source, BASE_FILES)},
         run="tasks.win_rate:win_rate",
         runtime={
@@ -92,15 +88,6 @@ def win_rate_step(
         packages=("jinja2", "tokenizers"),
         heavy=True,
     )
-
-
-def _behind(step: Step, *names: str) -> Step:
-    """The step that an input of an input … comes from."""
-    for name in names:
-        source = step.inputs[name].source
-        assert isinstance(source, Step)
-        step = source
-    return step
 
 
 def win_rate(work: Work) -> dict[str, Any]:

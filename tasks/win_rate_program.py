@@ -8,62 +8,27 @@ Run as `python -m tasks.win_rate_program SPEC.json`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tasks.canonical import Row, read_table, to_rows
 from tasks.evaluate_program import reporter, write_lines
-from tasks.fetch import ROWS
 from tasks.jsonlines import read_json_lines
 from tasks.measurements import write_results
 from tasks.program import Events, ProgramError, Spec, Timings, main
 from tasks.reading import BadRow
-from tasks.render import RowRenderer
 from tasks.rewards import ScoredText, require_reward_model, score_texts
+from tasks.scored_answers import AnswerReader, Given, TokenizedTexts, load_reward_model, read_prompts
 from tasks.sequences import TokenizedRows
-from tasks.shards import RowFitter
-from tasks.tokens import TOKENIZERS, Text
 from tasks.training import REWARD_MODEL
 from tasks.win_rate import ANSWER, BASE, REFERENCE, WIN_RATES, ScoredRow, win_rate_results
 
 NAMES = (ANSWER, *WIN_RATES)
 WHAT = {ANSWER: "answer", REFERENCE: "reference", BASE: "base answer"}
 Place = tuple[int, int]
-"""Number of a file in its data set, and of a row in its file."""
-
-
-class Given(NamedTuple):
-    """An answer to a prompt."""
-
-    place: Place
-    name: str
-    """`answer`, `reference` or `base`."""
-    text: str
-
-
-class Tokenized(NamedTuple):
-    """A conversation as the reward model reads it."""
-
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
-class TokenizedTexts:
-    """A list of texts as `tasks.rewards.Texts`."""
-
-    def __init__(self, texts: Sequence[Tokenized]) -> None:
-        self.texts, self.lengths = texts, [len(text.ids) for text in texts]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, indices: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-        """Ids and labels of texts, in the order of `indices`."""
-        return [(list(self.texts[index].ids), list(self.texts[index].labels)) for index in indices]
+"""Number of a file, and of a row in its file: the data set is one."""
 
 
 def work(spec: Spec, events: Events) -> None:
@@ -81,16 +46,17 @@ def work(spec: Spec, events: Events) -> None:
     (output / "report").mkdir(parents=True, exist_ok=True)
     require_reward_model(folder, "evaluation.reward_model")
     given = list(_given({name: Path(path) for name, path in spec.inputs.items()}))
-    texts, refused, lost = read_answers(given, _prompts(Path(spec.inputs["rows"])), folder, spec.settings)
+    prompts = {(file, row): prompt for (_, file, row), prompt in read_prompts(Path(spec.inputs["rows"])).items()}
+    texts, refused, lost = AnswerReader(folder, spec.settings).read(given, prompts)
     timings.lap("read")
     for note in _notes(given, refused, lost, "base_answers" in spec.inputs):
         events.emit("note", text=note)
-    places = dict.fromkeys(each.place for each in given)
+    places: dict[Place, None] = dict.fromkeys(each.place for each in given)
     if not any((place, ANSWER) in texts for place in places):
         reasons = dict(Counter(bad.reason for (_, name), bad in refused.items() if name == ANSWER))
         raise ProgramError("bad_setting", f"the reward model can read none of {len(places)} answers: {reasons}")
     events.emit("note", text="loading the reward model")
-    model = _load(folder, spec.settings["bf16"])
+    model = load_reward_model(folder, spec.settings["bf16"])
     timings.lap("load")
     distinct = list(dict.fromkeys(texts.values()))
     report = reporter(events, "answers", spec.runtime["set_names"][0])
@@ -138,65 +104,6 @@ def _answers(prompts: Path, generated: Path) -> dict[Place, dict[str, Any]]:
     return dict(zip(places, read_json_lines(generated / "answers.jsonl"), strict=True))
 
 
-def _prompts(folder: Path) -> dict[Place, Row]:
-    """The canonical rows of a fetch artifact."""
-    found = {}
-    for chunk in json.loads((folder / f"{ROWS}.json").read_text(encoding="utf-8")):
-        for row in to_rows(read_table(folder / chunk["path"]), "prompt"):
-            found[chunk["file"], row["row"]] = row
-    return found
-
-
-def read_answers(
-    given: Sequence[Given], prompts: dict[Place, Row], folder: Path, settings: dict[str, Any]
-) -> tuple[dict[tuple[Place, str], Tokenized], dict[tuple[Place, str], BadRow], Counter[str]]:
-    """Answers behind their prompts, as a reward model reads pairs.
-
-    Args:
-        given: the answers.
-        prompts: canonical rows, shape `prompt`.
-        folder: of the reward model.
-        settings: `tasks.win_rate.READING`.
-
-    Returns:
-        What can be scored, why the others cannot, and what the template drops of how many; by place and name.
-    """
-    how = {"mask_history": False, "train_on_prompt": False}  # of answers before, which are the prompt's
-    renderer = RowRenderer({"shape": "labelled", **how, **settings}, folder)
-    fitter = RowFitter.make(
-        {"cutoff_len": _longest(folder), "overlong": "drop"}, folder, renderer.meta(), library=TOKENIZERS
-    )
-    refused: dict[tuple[Place, str], BadRow] = {}
-    rendered: dict[tuple[Place, str], Text] = {}
-    lost = Counter[str]()
-    for place, name, text in given:
-        prompt = prompts[place]
-        completion = [{"role": "assistant", "content": text}]
-        found = renderer.render({"prompt": prompt["prompt"], "tools": prompt["tools"], "completion": completion})
-        if isinstance(found, BadRow):
-            refused[place, name] = found
-            continue
-        rendered[place, name] = Text(found[0].text, found[0].spans, found[0].typed)
-        lost.update(found[0].lost)
-    batch, _, unfit = fitter.fit(list(rendered.values()))
-    labels, ids = batch.labels().tolist(), batch.ids.tolist()
-    texts = {}
-    for number, (key, bad) in enumerate(zip(rendered, unfit, strict=True)):
-        span = slice(int(batch.offsets[number]), int(batch.offsets[number + 1]))
-        if bad is None:
-            texts[key] = Tokenized(tuple(ids[span]), tuple(labels[span]))
-        else:
-            refused[key] = bad
-    return texts, refused, lost
-
-
-def _longest(folder: Path) -> int | None:
-    """Most tokens that the model can see; None where its config does not say."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    return int(found) if found else None
-
-
 def _notes(
     given: Sequence[Given], refused: dict[tuple[Place, str], BadRow], lost: Counter[str], base: bool
 ) -> Iterator[str]:
@@ -216,15 +123,6 @@ def _notes(
 
 def _reason(bad: BadRow) -> str:
     return f"{bad.reason}: {bad.detail}"
-
-
-def _load(folder: Path, bf16: bool) -> Any:
-    import torch
-
-    from tasks.train.loading import load_base
-
-    model = load_base(str(folder), torch.bfloat16 if bf16 else torch.float32, score=True)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _require_finite(scored: Sequence[ScoredText]) -> None:

@@ -60,6 +60,14 @@ def test_another_one_comes_whole(folder: Path, rm: dict[str, Any], ppo: dict[str
     inputs = pipeline.stages["ppo"].trained.inputs
     assert inputs["reward_model"].source is pipeline.stages["rm"].model
     assert "reward_adapter" not in inputs
+    # where it turns out to have a tokenizer of its own, it reads the rows as it read them when it was trained
+    assert inputs["rows"].source is next(step for step in pipeline.steps if step.title == "ppo/fetch")
+    assert pipeline.stages["ppo"].trained.identity["reading"] == {
+        "template": None,
+        "default_system": None,
+        "enable_thinking": None,
+        "control_tokens": "plain",
+    }
 
 
 def test_a_stage_that_makes_no_reward_model_is_refused(folder: Path) -> None:

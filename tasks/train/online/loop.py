@@ -170,11 +170,23 @@ class Loop:
         parts: dict[str, list[float]] = {}
         if self.roles.reward is not None:
             parts["reward_model"] = [item.score for item in scored]
+        texts = self.words.texts(answers) if self.sources or self.roles.reader else {}
+        if self.roles.reader is not None:
+            parts["reward_model"] = self._read(answers, texts["completions"])
         if self.sources:
-            texts = self.words.texts(answers)
             judged = {s.name: judge(s, answers, texts) for s in self.sources} if self.ranks.index == 0 else None
             parts |= self.ranks.told(judged)
         weights = torch.tensor(self.settings["reward_weights"])
         scores = (torch.tensor(list(parts.values())) * weights[:, None]).sum(dim=0)
         means = {f"score/{name}": sum(values) / len(values) for name, values in parts.items()}
         return scored, scores, means if len(parts) > 1 else {}
+
+    def _read(self, answers: list[Answered], texts: list[str]) -> list[float]:
+        """The scores of a reward model with a tokenizer of its own; processes share them out."""
+        assert self.roles.reader is not None
+        own: dict[int, float] = {}
+        everything = list(range(len(answers)))
+        for places in micro_batches(everything, self.update.micro_batch, self.ranks.index, self.ranks.count):
+            rows = [answers[place].row for place in places]
+            own |= zip(places, self.roles.reader(rows, [texts[place] for place in places]), strict=True)
+        return self.ranks.everybodys(own)

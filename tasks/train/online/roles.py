@@ -27,6 +27,7 @@ from tasks.train.loading import Changes, load_base
 from tasks.train.lora import CLASSIFIER_NAMES, check_base
 from tasks.train.model import build_model, make_reference
 from tasks.train.online.inputs import Inputs, shares_beginnings
+from tasks.train.online.reader import Reader
 from tasks.train.output import ADAPTER_WEIGHTS
 from tasks.train.reference import ADAPTER, Reference, without_dropout
 from tasks.train.reward import SCORE_HEAD
@@ -93,9 +94,11 @@ class Roles:
     critic: Judge | None
     """None where answers are compared with one another."""
     reward: Judge | None
-    """None where only functions judge."""
+    """None where only functions judge, or a `reader`."""
     share: bool
     """Rows share what they begin with, see `inputs`."""
+    reader: Reader | None
+    """The reward model, where it has a tokenizer of its own."""
     shared: bool
     """Reference, critic and reward model hold no base weights of their own."""
 
@@ -114,6 +117,7 @@ class Roles:
         own = [] if self.reference.frozen is None else ["the reference"]
         own += ["the critic"] if self.critic and self.critic.adapter is None else []
         own += ["the reward model"] if self.reward and self.reward.adapter is None else []
+        own += ["the reward model, which reads with its own tokenizer"] if self.reader else []
         return f"models of their own beside the policy: {', '.join(own)}"
 
 
@@ -121,17 +125,17 @@ def make_roles(spec: Spec, changes: Changes) -> Roles:
     """Load and adapt what a stage is told to use.
 
     Raises:
-        ProgramError: `bad_setting` for a reward model that is not for these weights or this vocabulary.
+        ProgramError: `bad_setting` for the adapter of a reward model that is not for these weights.
     """
     settings, base, digest = spec.settings["train"], spec.inputs["base"], spec.settings["base_digest"]
     policy = build_model(settings, base, digest, spec.inputs.get("adapter"), changes)
     reference = make_reference(settings, policy, base, spec.inputs.get("reference"), changes)
     assert reference is not None
-    reward = _reward(spec, policy, changes)
+    reward, reader = _reward(spec, policy, changes)
     lora = settings["finetuning_type"] == "lora"
     critic = None
     if settings["stage"] == "ppo":
-        critic = _critic_adapter(policy, reward) if lora else _critic_model(spec, settings, changes)
+        critic = _critic_adapter(policy, reward) if lora else _critic_model(spec, settings, changes, reward)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for model in learning(policy, critic):
         if "quant_bit" not in settings:
@@ -144,7 +148,7 @@ def make_roles(spec: Spec, changes: Changes) -> Roles:
     own = [reference.frozen, *(j.model for j in (critic, reward) if j and j.adapter is None)]
     everybody = [policy, *(model for model in own if model is not None)]
     share = all(shares_beginnings(model) for model in everybody)
-    return Roles(policy, reference, critic, reward, share, shared=len(everybody) == 1)
+    return Roles(policy, reference, critic, reward, share, reader, shared=len(everybody) == 1 and reader is None)
 
 
 def learning(policy: Any, critic: Judge | None) -> list[Any]:
@@ -152,23 +156,21 @@ def learning(policy: Any, critic: Judge | None) -> list[Any]:
     return [policy] if critic is None or critic.model is policy else [policy, critic.model]
 
 
-def _reward(spec: Spec, policy: Any, changes: Changes) -> Judge | None:
+def _reward(spec: Spec, policy: Any, changes: Changes) -> tuple[Judge | None, Reader | None]:
+    """Who judges: one that reads the policy's tokens, one that reads texts, or neither."""
     settings = spec.settings["train"]
     if REWARD_ADAPTER in spec.inputs:
-        return _reward_adapter(policy, spec.inputs[REWARD_ADAPTER], spec.settings["base_digest"], changes)
+        return _reward_adapter(policy, spec.inputs[REWARD_ADAPTER], spec.settings["base_digest"], changes), None
     if REWARD_MODEL not in spec.inputs:
-        return None
+        return None, None
     folder = spec.inputs[REWARD_MODEL]
     model = load_base(folder, torch.bfloat16 if settings["bf16"] else torch.float32, score=True)
-    rows = model.get_input_embeddings().num_embeddings
-    known = policy.get_input_embeddings().num_embeddings
-    if rows != known or _vocabulary(folder) != _vocabulary(spec.inputs["base"]):
-        raise ProgramError(
-            "bad_setting",
-            f"reward_model: it has {rows} token ids of its own, the policy {known}, and they do not mean the same. "
-            "Train the reward model on a model with the policy's tokenizer.",
-        )
-    return Judge(model.requires_grad_(False).eval(), getattr(model, SCORE_HEAD))
+    model.requires_grad_(False).eval()
+    rows, known = (each.get_input_embeddings().num_embeddings for each in (model, policy))
+    if rows == known and _vocabulary(folder) == _vocabulary(spec.inputs["base"]):
+        return Judge(model, getattr(model, SCORE_HEAD)), None
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return None, Reader(model, folder, spec.settings["reading"], spec.inputs["rows"], spec.inputs["shards"])
 
 
 def _vocabulary(folder: str) -> dict[str, int]:
@@ -228,9 +230,9 @@ def _critic_adapter(policy: Any, reward: Judge | None) -> Judge:
     return Judge(policy, head, CRITIC, moves=True)
 
 
-def _critic_model(spec: Spec, settings: dict[str, Any], changes: Changes) -> Judge:
+def _critic_model(spec: Spec, settings: dict[str, Any], changes: Changes, reward: Judge | None) -> Judge:
     """A critic of its own: the reward model again, or the base with a head that expects 0."""
-    folder = spec.inputs.get(REWARD_MODEL)
+    folder = spec.inputs.get(REWARD_MODEL) if reward is not None else None
     model = load_base(folder or spec.inputs["base"], torch.float32, True, None if folder else changes)
     without_dropout(model)
     head = getattr(model, SCORE_HEAD)

@@ -9,6 +9,7 @@ from typing import Any
 from registry.records import TrainSettings
 from tasks.program import Events, Spec
 from tasks.train.online.program import work
+from tasks.training import DEFAULT_READING
 from tests.tiny import read_lines, write_shards, write_spec
 
 PROMPT_COUNT = 12
@@ -54,6 +55,7 @@ def make_spec(folder: Path, inputs: dict[str, Path], **fields: Any) -> Path:
     train = TrainSettings(**(settings | fields)).identity()
     files = {name: str(folder / "rewards.py") for name in train["reward_funcs"] if ":" in name}
     identity = {"train": train, "packing": False, "base_digest": "base-0", "template": None}
+    identity |= {"reading": DEFAULT_READING} if "reward_model" in inputs else {}
     runtime |= {"base_name": "tiny", "reward_files": files}
     return write_spec(folder, identity, {"shards": shards} | inputs, runtime)
 

@@ -204,11 +204,3 @@ def test_an_adapter_that_is_no_reward_model_for_this_base_is_refused(
     with pytest.raises(ProgramError, match=words) as caught:
         roles_of(tmp_path / "run", {"base": made["base"], "reward_adapter": folder})
     assert caught.value.kind == "bad_setting"
-
-
-def test_a_reward_model_of_another_vocabulary_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(made["merged"], tmp_path / "merged")
-    file = folder / "tokenizer.json"
-    file.write_text(file.read_text().replace("<|im_start|>", "<|start|>"))
-    with pytest.raises(ProgramError, match="do not mean the same"):
-        roles_of(tmp_path / "run", {"base": made["base"], "reward_model": folder})
