@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults lint install lock clean help docs bench-data bench-train bench-ppo bench-memory
+.PHONY: demo test test-faults lint install lock clean help docs bench-data bench-train bench-ppo bench-memory bench-overhead
 
 help:
 	@echo "make demo   train an assistant on SmolLM2-135M and measure it (first time about 9 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench-train MODEL=FOLDER   time LoRA training beside TRL's (about 10 minutes; needs the oracle folder)"
 	@echo "make bench-ppo MODEL=FOLDER PEER=FOLDER   time PPO beside TRL 1.12 in PEER (about 5 minutes)"
 	@echo "make bench-memory   estimated and measured memory of training (about 15 minutes)"
+	@echo "make bench-overhead MODEL=FOLDER   the demo with and without Prefect and MLflow (about 15 minutes)"
 	@echo "make docs   write docs/settings.md and docs/coming-from-llama-factory.md anew from the tables"
 	@echo "make lock   write requirements.lock anew from what pyproject.toml allows"
 
@@ -49,6 +50,9 @@ bench-ppo: install
 
 bench-memory: install
 	@$(BIN)/python -m tests.benchmarks.memory $(BENCH)
+
+bench-overhead: install
+	@$(BIN)/python -m tests.benchmarks.overhead $(MODEL) $(BENCH)
 
 lock:
 	@$(PYTHON) deployments/lock.py

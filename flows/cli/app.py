@@ -36,6 +36,22 @@ def run(recipe: Recipe, overrides: Overrides = None, json: Json = False, strict_
     raise typer.Exit(run_recipe(recipe, overrides or [], json, strict_versions))
 
 
+@app.command()
+def init(
+    file: Annotated[Path | None, typer.Argument(help="New recipe; named by data and goal without it.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="A name, a hub id or a folder.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="A file, folder, URL, hub id or name.")] = None,
+    goal: Annotated[
+        str | None, typer.Option(metavar="GOAL", help="sft, dpo, kto, orpo, rm or pt; found from the rows without it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a first recipe that fits your data and this machine; asks what is not given."""
+    from flows.cli.beginning import begin
+
+    raise typer.Exit(begin(file, model, data, goal, json))
+
+
 AS_TYPED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
