@@ -84,9 +84,7 @@ def train_step(
     inputs |= {"reference": Input(reference.source, BASE_FILES)} if reference else {}
     inputs |= {"adapter": adapter} if adapter else {}
     inputs |= {GIVEN if settings.model.resume == "exact" else GIVEN_WEIGHTS: checkpoint} if checkpoint else {}
-    inputs |= {name: Input(found.source, REWARD_FILES) for name, found in (rewards or {}).items()}
-    reads = REWARD_MODEL in inputs  # perhaps with a tokenizer of its own: then it needs texts
-    inputs |= {"rows": rows_of_prompts(shards)} if reads else {}
+    inputs |= _reward_inputs(rewards or {}, shards)
     code = {short_name(name): code_file(name, "reward_funcs") for name in settings.train.reward_funcs if is_code(name)}
     return Step(
         stage=settings.name,
@@ -100,7 +98,7 @@ def train_step(
         }
         # how far positions are stretched
         | ({"cutoff_len": settings.data.cutoff_len} if settings.train.rope_scaling else {})
-        | ({"reading": DEFAULT_READING | dict(reading or {})} if reads else {})
+        | ({"reading": DEFAULT_READING | dict(reading or {})} if "rows" in inputs else {})
         | ({"reward_code": {name: sha256_file(file) for name, file in code.items()}} if code else {}),
         inputs=inputs,
         run="tasks.training:train",
@@ -109,6 +107,12 @@ def train_step(
         | ({"reward_files": {name: str(file) for name, file in code.items()}} if code else {}),
         heavy=True,
     )
+
+
+def _reward_inputs(rewards: Mapping[str, Input], shards: Step) -> dict[str, Input]:
+    """What scores answers; a whole model may have a tokenizer of its own, and then reads the rows."""
+    found = {name: Input(given.source, REWARD_FILES) for name, given in rewards.items()}
+    return found | ({"rows": rows_of_prompts(shards)} if REWARD_MODEL in found else {})
 
 
 def rows_of_prompts(shards: Step) -> Input:

@@ -146,7 +146,7 @@ ALONE: dict[str, tuple[Callable[[Scene], Undo], tuple[str, ...]]] = {
     "SIGKILL rank": (kill_rank, ("completed",)),
     "SIGTERM": (terminate, ("cancelled",)),
     "Ctrl-C": (interrupt, ("cancelled",)),
-    "disk full": (fill_disk, ("failed",)),
+    "disk full": (fill_disk, ("failed", "crashed")),  # where not even the record's end could be written
     "restart": (restart_machine, ("crashed",)),
 }
 """Events of a run without servers, each with the states that its record may have afterwards."""

@@ -69,7 +69,7 @@ def test_a_folder_of_weights_and_a_name_with_odd_characters_are_read_back(here: 
     Path("mine.yaml").write_text(text)
     recipe = load_recipe("mine.yaml", [])
     assert Path(recipe.raw["model_name_or_path"]) == here / "my model: tiny"
-    assert recipe.raw["stages"]["sft"]["dataset"] == "owner/rows:set@train[:10%]"
+    assert recipe.raw["stages"]["sft"]["dataset"] == ["owner/rows:set@train[:10%]"]
 
 
 @pytest.mark.parametrize(
