@@ -23,7 +23,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder) / "bin" / "python")
-        subprocess.run([python, "-m", "pip", "install", "-q", f"{PROJECT}[dev,deepspeed]"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", f"{PROJECT}[dev,deepspeed,postgres]"], check=True)
         frozen = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
     # the local part (+cpu) names a build that only some indexes have
     pins = [re.sub(r"\+.*$", "", line) for line in frozen.splitlines() if not OURS.match(line)]
