@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def run_program(
     processes: int = 1,
     deadline: float | None = None,
     nodes: Nodes | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a program to its end.
 
@@ -76,6 +77,7 @@ def run_program(
         processes: ranks on this machine.
         deadline: most seconds it may take.
         nodes: the machines it runs on; given, it is started by torchrun.
+        environment: variables beside those of this process; what must not stand in a file is told this way.
 
     Raises:
         ProgramFailed: it failed, was killed, or took too long.
@@ -93,7 +95,7 @@ def run_program(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(processes),
+            env=_environment(processes) | dict(environment or {}),
             start_new_session=True,
         )
         tree = _Tree(child)

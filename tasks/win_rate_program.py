@@ -20,6 +20,7 @@ from tasks.evaluate_program import reporter, write_lines
 from tasks.fetch import ROWS
 from tasks.jsonlines import read_json_lines
 from tasks.measurements import write_results
+from tasks.model import longest_sequence
 from tasks.program import Events, ProgramError, Spec, Timings, main
 from tasks.reading import BadRow
 from tasks.render import RowRenderer
@@ -164,7 +165,7 @@ def read_answers(
     how = {"mask_history": False, "train_on_prompt": False}  # of answers before, which are the prompt's
     renderer = RowRenderer({"shape": "labelled", **how, **settings}, folder)
     fitter = RowFitter.make(
-        {"cutoff_len": _longest(folder), "overlong": "drop"}, folder, renderer.meta(), library=TOKENIZERS
+        {"cutoff_len": longest_sequence(folder), "overlong": "drop"}, folder, renderer.meta(), library=TOKENIZERS
     )
     refused: dict[tuple[Place, str], BadRow] = {}
     rendered: dict[tuple[Place, str], Text] = {}
@@ -188,13 +189,6 @@ def read_answers(
         else:
             refused[key] = bad
     return texts, refused, lost
-
-
-def _longest(folder: Path) -> int | None:
-    """Most tokens that the model can see; None where its config does not say."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    return int(found) if found else None
 
 
 def _notes(
