@@ -84,10 +84,7 @@ def run_program(
         Interrupted: `stop` was set.
     """
     spec_path, log_path = folder / "spec.json", folder / "program.log"
-    spec_path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
-    for leftover in (spec.events, spec.failure):
-        Path(leftover).unlink(missing_ok=True)
-    Path(spec.events).touch()
+    _write(spec, spec_path)
     kills = memory_kills()
     with open(log_path, "ab") as log, open(spec.events, encoding="utf-8") as events:
         child = subprocess.Popen(
@@ -117,6 +114,14 @@ def run_program(
         if failure.kind == "killed" and memory_kills() > kills:
             raise ProgramFailed("out_of_memory", f"the kernel ended {module} for want of memory")
         raise failure
+
+
+def _write(spec: Spec, path: Path) -> None:
+    """Write a spec, and remove what an earlier attempt has left."""
+    path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
+    for leftover in (spec.events, spec.failure):
+        Path(leftover).unlink(missing_ok=True)
+    Path(spec.events).touch()
 
 
 def memory_kills() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def _ready(names: Sequence[str], said: ChatSettings, console: Console) -> tuple[
     return partners, folders
 
 
-def _say(console: Console):  # type: ignore[no-untyped-def]
+def _say(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, style="dim", markup=False, soft_wrap=True)
 
 

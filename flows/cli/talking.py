@@ -25,7 +25,7 @@ from tasks.chat_client import Client, Ended, ServerError
 from tasks.jsonlines import append_json_line
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may have learnt to write those that move a cursor
-PROMPT = "\n> "
+PROMPT = "> "
 HELP = """\
 /clear               forget the conversation
 /undo                take back your last message and its answer
@@ -39,10 +39,6 @@ HELP = """\
 
 class _Terminated(BaseException):
     """SIGTERM; Ctrl-C means something else here."""
-
-
-class _Exit(Exception):
-    """`/exit` was typed."""
 
 
 def is_terminal() -> bool:
@@ -79,7 +75,7 @@ class Talk:
         self.client, self.models, self.model = client, list(models), models[0]
         self.settings, self.system, self.console, self.check = dict(settings), system, console, check
         self.messages: list[dict[str, str]] = []
-        self.terminal = is_terminal()
+        self.terminal, self.done = is_terminal(), False
         self.commands: dict[str, Callable[[str], None]] = {
             "/clear": self._clear,
             "/undo": self._undo,
@@ -105,10 +101,8 @@ class Talk:
             self._say(f"{self.model} answers. /help lists what else can be typed; Ctrl-D ends.")
         code = DONE
         try:
-            while (line := self._read()) is not None:
+            while not self.done and (line := self._read()) is not None:
                 code = max(code, self._do(line)) if line.strip() else code
-        except _Exit:
-            pass
         except _Terminated:
             return INTERRUPTED
         return DONE if self.terminal else code
@@ -117,9 +111,12 @@ class Talk:
         """The next line; None at the end of the input."""
         try:
             if self.terminal:
+                print()
                 return input(PROMPT)
             line = sys.stdin.readline()
             return line.rstrip("\n") if line else None
+        except UnicodeDecodeError as error:
+            raise InputError(Problem("standard input", f"is not UTF-8: {error}")) from error
         except EOFError:
             print()
             return None
@@ -254,7 +251,7 @@ class Talk:
         self._say(f"{path}: {rows} {'conversation' if rows == 1 else 'conversations'}")
 
     def _exit(self, text: str) -> None:
-        raise _Exit
+        self.done = True
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
