@@ -6,6 +6,7 @@ the function that the step `generate` calls; so a model sees in a chat what it s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class ChatModel:
         assert template is not None  # only plain text has none
         self.encoder = TextEncoder(folder, template.control_tokens, TOKENIZERS)
         self.stops = stop_ids(folder, self.encoder.tokenizer, template.terminator)
+        self.encoding = threading.Lock()  # an encoder remembers what stands for typed control tokens
         self.model = load()
 
     def prompt(self, messages: Any, tools: Any = None) -> list[int]:
@@ -90,7 +92,8 @@ class ChatModel:
             raise InputError(Problem("messages", rendered.detail))
         (text,) = rendered
         self._require_whole(text.text, turns, written)
-        ids: list[int] = self.encoder.encode([Text(text.text, (), text.typed)]).ids.tolist()
+        with self.encoding:
+            ids: list[int] = self.encoder.encode([Text(text.text, (), text.typed)]).ids.tolist()
         if self.longest is not None and len(ids) >= self.longest:
             rule = f"the conversation is {len(ids)} tokens long, and the model can see {self.longest}"
             raise TooLong(Problem("messages", rule, "Begin a new one, or shorten it."))

@@ -21,6 +21,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TITLE = "LLamaTuner chat"
 CSS = """
 .gradio-container {max-width: 1500px !important; margin: 0 auto}
+.gradio-container, .gradio-container main {width: 100% !important}
 .gradio-container main {max-width: 100% !important}
 [id^=chat-] button[aria-label=Clear], [id^=chat-] button[title=Clear] {display: none}
 .note p {font-size: 0.85em; opacity: 0.75; margin: 0}
@@ -126,7 +127,7 @@ def _connect(blocks: gr.Blocks, page: Page, parts: _Parts) -> None:
     parts.clear.click(lambda: _shown(page.empty()), None, shown, show_progress="hidden")
     for number, button in enumerate(parts.votes):
         # one behind the other: the second of two quick votes sees that there was one
-        how = {"show_progress": "hidden", "concurrency_id": "votes", "concurrency_limit": 1}
+        how: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "votes", "concurrency_limit": 1}
         button.click(_voter(page, number), [state, settings[0]], [*shown, parts.counted], **how)
 
 
@@ -153,7 +154,7 @@ def _talks(models: Sequence[str]) -> tuple[list[gr.Chatbot], list[gr.Markdown]]:
                     allow_tags=False,
                 )
                 chats.append(chat)
-                notes.append(gr.Markdown(elem_classes="note", elem_id=f"note-{letter}"))
+                notes.append(gr.Markdown("&nbsp;", elem_classes="note", elem_id=f"note-{letter}"))
     return chats, notes
 
 
@@ -202,7 +203,8 @@ def _given(values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
 
 def _shown(now: State) -> list[Any]:
     """The state, conversations, lines below them, and which buttons can be pressed."""
-    marks = ["**voted best**" if now.best == number else note for number, note in enumerate(now.notes)]
+    notes = ["**voted best**" if now.best == number else note for number, note in enumerate(now.notes)]
+    marks = [note or "&nbsp;" for note in notes]  # a line keeps its place
     votes = [now.comparable] * len(now.talks) if len(now.talks) > 1 else []
     idle = not now.running
     begun = idle and bool(now.said)
