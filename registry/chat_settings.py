@@ -68,12 +68,11 @@ def joined(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     return found if found.get("do_sample") else {k: v for k, v in found.items() if k not in DRAWING or k in own}
 
 
-def generation(given: Mapping[str, Any], title: str = "") -> GenerationSettings:
+def generation(given: Mapping[str, Any]) -> GenerationSettings:
     """Settings of generation, validated.
 
     Args:
         given: from `joined`.
-        title: for the error.
 
     Raises:
         InputError: everything that is wrong with them.
@@ -86,7 +85,7 @@ def generation(given: Mapping[str, Any], title: str = "") -> GenerationSettings:
     if found is not None:
         problems += generation_problems(found, lambda key: key)
     if problems or found is None:
-        raise InputError(problems, title)
+        raise InputError(problems)
     return found
 
 

@@ -217,7 +217,7 @@ class Talk:
     def _system(self, text: str) -> None:
         if text:
             self.system = None if text == "-" else text
-        self._say(f"system message: {self.system or 'none'}")
+        self._say(f"system message: {self.system or 'none of yours'}")
 
     def _model(self, text: str) -> None:
         if not text:
