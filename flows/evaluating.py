@@ -28,7 +28,7 @@ def build_evaluation(recipe: Recipe, home: Home) -> Pipeline:
     memory, evaluation = DigestMemory(home.digests), recipe.evaluation
     settings = recipe.evaluates.settings
     found = find_model(recipe.evaluates.model, home, settings.model.model_revision)
-    settings = _as_trained(recipe.evaluates, found)
+    settings = as_trained(recipe.evaluates, found)
     rows = held_out(settings, None, found.model, memory)
     other = found.base
     if evaluation.compare_with not in ("base", "none"):
@@ -47,7 +47,7 @@ def build_evaluation(recipe: Recipe, home: Home) -> Pipeline:
     return pipeline
 
 
-def _as_trained(evaluated: Evaluated, found: NamedModel) -> StageSettings:
+def as_trained(evaluated: Evaluated, found: NamedModel) -> StageSettings:
     """How rows are read: as the recipe says, else as they were for the stage that made the model."""
     settings, kept = evaluated.settings, {k: v for k, v in found.reading.items() if k not in evaluated.given}
     template = kept.pop("template", settings.template)

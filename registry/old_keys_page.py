@@ -24,6 +24,7 @@ llamatuner train examples/train_lora/llama3_lora_sft.yaml learning_rate=5e-5 max
 llamatuner-cli train --stage sft --do_train --model_name_or_path MODEL --dataset a,b --template qwen --output_dir out
 llamatuner eval examples/train_lora/llama3_lora_eval.yaml
 llamatuner export examples/merge_lora/llama3_lora_sft.yaml
+llamatuner chat examples/inference/llama3_lora_sft.yaml
 llamatuner import examples/train_lora/llama3_lora_sft.yaml --out recipe.yaml
 ```
 

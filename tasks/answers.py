@@ -188,6 +188,7 @@ def write_answers(
     pad: int,
     settings: GenerationSettings,
     rows: Sequence[int],
+    watch: Callable[[int], bool] | None = None,
 ) -> list[list[int]]:
     """New ids of each prompt, [b][<= n]; behind a stop id they mean nothing.
 
@@ -197,10 +198,12 @@ def write_answers(
     Args:
         model, prompts, stops, pad, settings: as for `answer_prompts`.
         rows: [b] the number of each prompt.
+        watch: of a single prompt, told each new id when it is chosen; true ends the answer. With beams an id it is told
+            may be none of the answer's.
     """
     import torch
 
-    from tasks.decoding import make_config, make_processors
+    from tasks.decoding import make_config, make_processors, make_watcher
 
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)  # [b, p]
@@ -217,6 +220,7 @@ def write_answers(
             attention_mask=mask.to(model.device),
             generation_config=config,
             logits_processor=make_processors(settings, list(map(len, prompts)), rows),
+            stopping_criteria=make_watcher(watch),
         )
     new: list[list[int]] = whole[:, longest:].tolist()
     return new

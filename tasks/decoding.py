@@ -9,12 +9,19 @@ Legend: b rows of a batch, p tokens of the longest prompt, n new tokens, v vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from registry.evaluation_records import GenerationSettings
 from tasks.train.online.rollout import Sampling, choose
@@ -52,6 +59,20 @@ def make_processors(settings: GenerationSettings, lengths: Sequence[int], rows: 
     if settings.do_sample:
         found.append(_Draw(settings, max(lengths), rows))
     return found
+
+
+def make_watcher(watch: Callable[[int], bool] | None) -> StoppingCriteriaList | None:
+    """What tells of each new token of one prompt, and ends its answer when told to."""
+    return None if watch is None else StoppingCriteriaList([_Watcher(watch)])
+
+
+class _Watcher(StoppingCriteria):
+    def __init__(self, watch: Callable[[int], bool]) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        ended = self.watch(int(input_ids[0, -1]))
+        return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)
 
 
 class _Draw(LogitsProcessor):

@@ -9,12 +9,12 @@ Run as `python -m tasks.evaluate_program SPEC.json`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.jsonlines import json_line
 from tasks.measurements import Measure, write_results
 from tasks.program import Events, Spec, Timings, main
 
@@ -25,7 +25,6 @@ Report = Callable[[int, int], None]
 """Told what is done and what there is in all."""
 QUANTISED = "quantised"
 """Setting: `quant_bit`, `quant_type` and `double_quantization` that the model is measured in."""
-LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON itself escapes the others
 
 
 def work(spec: Spec, events: Events) -> None:
@@ -178,11 +177,9 @@ def optional_packages(spec: Spec) -> set[str]:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON lines. Characters that `str.splitlines` takes for the end of a line are escaped."""
+    """Write rows as JSON lines."""
     with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            line = json.dumps(row, ensure_ascii=False)
-            file.write(LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
+        file.writelines(map(json_line, rows))
 
 
 def reporter(events: Events, unit: str, name: str) -> Report:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def run_program(
     processes: int = 1,
     deadline: float | None = None,
     nodes: Nodes | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a program to its end.
 
@@ -76,16 +77,14 @@ def run_program(
         processes: ranks on this machine.
         deadline: most seconds it may take.
         nodes: the machines it runs on; given, it is started by torchrun.
+        environment: variables beside those of this process; what must not stand in a file is told this way.
 
     Raises:
         ProgramFailed: it failed, was killed, or took too long.
         Interrupted: `stop` was set.
     """
     spec_path, log_path = folder / "spec.json", folder / "program.log"
-    spec_path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
-    for leftover in (spec.events, spec.failure):
-        Path(leftover).unlink(missing_ok=True)
-    Path(spec.events).touch()
+    _write(spec, spec_path)
     kills = memory_kills()
     with open(log_path, "ab") as log, open(spec.events, encoding="utf-8") as events:
         child = subprocess.Popen(
@@ -93,7 +92,7 @@ def run_program(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(processes),
+            env=_environment(processes) | dict(environment or {}),
             start_new_session=True,
         )
         tree = _Tree(child)
@@ -115,6 +114,14 @@ def run_program(
         if failure.kind == "killed" and memory_kills() > kills:
             raise ProgramFailed("out_of_memory", f"the kernel ended {module} for want of memory")
         raise failure
+
+
+def _write(spec: Spec, path: Path) -> None:
+    """Write a spec, and remove what an earlier attempt has left."""
+    path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
+    for leftover in (spec.events, spec.failure):
+        Path(leftover).unlink(missing_ok=True)
+    Path(spec.events).touch()
 
 
 def memory_kills() -> int:

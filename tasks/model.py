@@ -62,3 +62,10 @@ def quantised_reason(folder: Path) -> tuple[str, str] | None:
         "cannot be moved",
         "Use the model as it was before, and quant_bit to hold it in fewer bits while training.",
     )
+
+
+def longest_sequence(folder: Path) -> int | None:
+    """Most tokens that a model can see; None where its config does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    return int(found) if found else None

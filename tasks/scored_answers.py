@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from tasks.canonical import Row, read_table, to_rows
 from tasks.fetch import ROWS
+from tasks.model import longest_sequence
 from tasks.reading import BadRow
 from tasks.render import RowRenderer
 from tasks.shards import RowFitter
@@ -75,7 +76,7 @@ class AnswerReader:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         how = {"mask_history": False, "train_on_prompt": False}  # of answers before, which are the prompt's
         self._renderer = RowRenderer({"shape": "labelled", **how, **settings}, folder)
-        limits = {"cutoff_len": _longest(folder), "overlong": "drop"}
+        limits = {"cutoff_len": longest_sequence(folder), "overlong": "drop"}
         self._fitter = RowFitter.make(limits, folder, self._renderer.meta(), library=TOKENIZERS)
 
     def read(
@@ -130,10 +131,3 @@ def load_reward_model(folder: Path, bf16: bool) -> Any:
 
     model = load_base(str(folder), torch.bfloat16 if bf16 else torch.float32, score=True)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _longest(folder: Path) -> int | None:
-    """Most tokens that the model can see; None where its config does not say."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    return int(found) if found else None

@@ -66,8 +66,8 @@ def loaded(code: str) -> set[str]:
 def test_looking_and_planning_load_nothing_heavy() -> None:
     assert (
         loaded(
-            "import flows.cli.app, flows.cli.deploying, flows.cli.exporting, flows.cli.looking, flows.cli.running, "
-            "flows.cli.scoring, flows.cli.serving, flows.planning"
+            "import flows.cli.app, flows.cli.chatting, flows.cli.deploying, flows.cli.exporting, flows.cli.looking, "
+            "flows.cli.running, flows.cli.scoring, flows.cli.serving, flows.cli.talking, flows.planning"
         )
         == set()
     )

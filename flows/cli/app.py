@@ -11,6 +11,7 @@ import typer
 
 from flows.cli.arguments import Json, Overrides, Recipe, Strict
 from flows.cli.artifact_commands import artifacts_app
+from flows.cli.chat_commands import chat_app
 from flows.cli.output import BAD_INPUT, FAILED, INTERRUPTED, print_json, say_error
 from flows.cli.result_commands import result_app
 from flows.cli.server_commands import server_app
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(result_app)  # without a name: its commands stand beside the others
+app.add_typer(chat_app)
 app.add_typer(server_app)
 
 

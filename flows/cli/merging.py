@@ -6,7 +6,6 @@ together; so it is done once, and a wrong base is refused. Relative paths start 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,19 @@ from typing import Any
 from rich.console import Console
 
 from flows.cli.exporting import Progress, Wanted, checked
+from flows.cli.making import make_steps
 from flows.cli.old_commands import read_config, written_digest
 from flows.cli.output import DONE, FAILED, people, print_json, say_error
-from flows.view import make_view
 from registry.errors import InputError, Problem, shown
 from registry.home import Home
 from registry.loading import SUFFIXES
 from registry.models import DEFAULT_REVISION
 from registry.old_configs import translate
-from tasks.artifacts import Artifact, Store
-from tasks.digests import DigestMemory
 from tasks.export import Exported, export, require_target, saved_dtype
 from tasks.launch import ProgramFailed
 from tasks.model import base_input
 from tasks.push import PushFailed, open_repository, push_folder
-from tasks.steps import Input, LocalFolder, Step, do, require_folder, upstream
+from tasks.steps import Input, LocalFolder, require_folder
 from tasks.training import merge_step
 
 OPTIONS = ("export_dir", "export_size", "export_hub_model_id")
@@ -77,7 +74,7 @@ def export_merged(raw: Mapping[str, Any], wanted: Wanted, as_json: bool) -> int:
         open_repository(repo, wanted.private)
     step = merge_step("model", adapter.name, base, Input(LocalFolder(adapter), ("*.safetensors", "*.json")))
     try:
-        artifact = _made(step, home, console)
+        artifact = make_steps([step], home, console)[-1]
         if artifact.digest != there:
             require_target(target)
             saved = saved_dtype(artifact)
@@ -111,23 +108,6 @@ def _problems(raw: Mapping[str, Any], wanted: Wanted, console: Console) -> list[
     for note in found.reasons(lambda key: key):
         console.print(note, markup=False, soft_wrap=True)
     return problems
-
-
-def _made(step: Step, home: Home, console: Console) -> Artifact:
-    """The merge, and the download of its base where that is not there."""
-    store, memory, stop, view = Store(home), DigestMemory(home.digests), threading.Event(), make_view(console)
-    try:
-        for each in upstream([step]):
-            view.started(each)
-            try:
-                outcome = do(each, store, memory, stop, lambda event, each=each: view.event(each, event))  # type: ignore[misc]
-            except BaseException as error:
-                view.failed(each, error)
-                raise
-            view.ended(each, outcome)
-    finally:
-        view.close()
-    return outcome.artifact
 
 
 def _card(name: str, base: str, adapter: str, digest: str) -> str:
