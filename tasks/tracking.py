@@ -24,6 +24,7 @@ from tasks.servers import MLFLOW, address
 
 EXPERIMENT = "llamatuner"
 RUN_TAG = "llamatuner.run"  # on every run of a tree: the id of the run record
+GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # of a run: another server's; deleted by somebody
 LONGEST_PARAM = 500  # characters; the whole settings are kept as an artifact
 TRACKING_URI = "MLFLOW_TRACKING_URI"  # of the environment
 
@@ -90,10 +91,32 @@ class Tracker:
             self._client, self._experiment = open_experiment(self._home)
         return self._client
 
-    def start(self, name: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) -> None:
-        """Open the pipeline's run and keep its recipe."""
-        self.run_id = self._open_run(name, dict(tags), None)
+    def start(self, name: str, tags: Mapping[str, str], recipe: Mapping[str, Any], parent: str | None = None) -> None:
+        """Open the pipeline's run, below another one or by itself, and keep its recipe."""
+        self.run_id = self._open_run(name, dict(tags), parent)
         self.dictionary(self.run_id, recipe, "recipe.yaml")
+
+    def go_on(self, run_id: str, tags: Mapping[str, str]) -> bool:
+        """Open a run again that was ended; whether it is there."""
+
+        def action(client: Any) -> bool:
+            from mlflow.exceptions import MlflowException
+
+            try:
+                client.update_run(run_id, status="RUNNING")
+            except MlflowException as error:
+                if error.error_code in GONE:
+                    return False
+                raise
+            self.run_id = run_id
+            self._open.append(run_id)
+            return True
+
+        with self._lock:
+            found = bool(self._try(action))
+        if found:
+            self.tags(run_id, tags)
+        return found
 
     def open(self, name: str, parent: str | None, tags: Mapping[str, str]) -> str | None:
         """Open a child run; its id, or None when tracking does not work."""
