@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flows.session import Session
 
+FLUSH_SECONDS = 5.0
+
 
 def import_prefect() -> None:
     """It takes as long as the server's start."""
@@ -44,3 +46,10 @@ def run_flow(session: Session, labels: Sequence[str] = ()) -> str:
         if session.record.values["status"] == "running":  # Prefect itself failed before the flow's body ran
             session.finish()
     return str(session.record.values["status"])
+
+
+def flush_events() -> None:
+    """Send what Prefect has not told its server yet: a process that outlives its server would say that it could not."""
+    from prefect.events.worker import EventsWorker
+
+    EventsWorker.drain_all(FLUSH_SECONDS)

@@ -105,7 +105,7 @@ def _axis(axes: Any, place: int, ticks: Sequence[tuple[float, str]]) -> None:
 
 
 def draw_importances(importances: Mapping[str, float], count: int) -> bytes:
-    """Bars as a PNG: parameter → the share of what the metric varies by.
+    """Bars as a PNG.
 
     Args:
         importances: of `flows.sweep_study.Study.importances`.
@@ -119,7 +119,7 @@ def draw_importances(importances: Mapping[str, float], count: int) -> bytes:
         axes.barh(place, share, height=0.62, color=COLOURS[0])
         axes.annotate(f" {share:.0%}", (share, place), va="center", fontsize=9)
     axes.set_yticks(range(len(ordered)), [names[key] for key, _ in ordered])
-    axes.set(xlim=(0, 1.08), xlabel="share of what the metric varies by, estimated (fANOVA)")
+    axes.set(xlim=(0, 1.08), xlabel="share in what tells good trials from bad ones (random forest)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"Importance of parameters, {count} trials", fontsize=9, loc="left")
+    axes.set_title(f"Importance of parameters, estimated from {count} trials", fontsize=9, loc="left")
     return as_png(figure)

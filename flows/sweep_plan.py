@@ -235,12 +235,12 @@ def _preflights(pipelines: Sequence[Pipeline], home: Home) -> tuple[str, ...]:
 
 
 def _digest(sweep: Sweep, target: Target, pipelines: Sequence[Pipeline], home: Home) -> str:
-    """Of the sweep, and of all that trials are made of; what changes no result, and what things are called, is not in
-    it."""
+    """Of the sweep, and of all that trials are made of; what changes no result, what things are called, and how many
+    trials are wanted, is not in it."""
     contents, known = Contents(home), list[str]()
     for pipeline in pipelines:
         known += [contents.digest(step) for step in pipeline.steps]
-    written = sweep.settings.model_dump(mode="json", exclude={"metric", "direction"})
+    written = sweep.settings.model_dump(mode="json", exclude={"metric", "direction", "trials"})
     return fingerprint({"sweep": written, "target": [target.label, target.metric, target.direction], "steps": known})
 
 

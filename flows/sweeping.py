@@ -173,6 +173,6 @@ def short_value(value: Any) -> str:
 
 
 def number_text(found: Mapping[str, Any]) -> str:
-    """A number and its interval."""
+    """A number and its 95 % interval."""
     text = f"{found['value']:.4g}"
-    return f"{text} (95 % {found['low']:.4g} to {found['high']:.4g})" if "low" in found else text
+    return f"{text} ({found['low']:.4g} to {found['high']:.4g})" if "low" in found else text

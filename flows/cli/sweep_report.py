@@ -16,7 +16,9 @@ from flows.sweep_study import COMPLETE, FAILED, RUNNING, Trial
 from flows.sweeping import number_text, short_names, short_value, values_text
 from flows.view import duration
 from registry.home import Home
+from tasks.measurements import MINIMIZE
 
+APART = 3  # parameters that have a column each
 STYLES = {COMPLETE: "", FAILED: "red", RUNNING: "yellow"}
 
 
@@ -44,7 +46,7 @@ def print_sweep(
     best = results.best
     console.print(Text(f"best: trial {best.number}, {values_text(best.values)}", style="bold"))
     for each in results.compared:
-        console.print(Text(_sentence(each, best)))
+        console.print(Text(sentence(each, best, plan.target.direction)))
     if results.importances:
         names = short_names(list(results.importances))
         shares = ", ".join(f"{names[key]} {share:.0%}" for key, share in results.importances.items())
@@ -60,16 +62,18 @@ def print_sweep(
 
 def _table(console: Console, plan: SweepPlan, results: SweepResults) -> None:
     names = short_names(list(plan.sweep.space))
+    apart = len(names) <= APART
     table = Table(box=None, pad_edge=False)
     table.add_column("trial", justify="right", no_wrap=True)
-    for name in names.values():
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column(plan.target.metric, overflow="fold")
+    for name in names.values() if apart else ("parameters",):
+        table.add_column(name, justify="right" if apart else "left", overflow="fold")
+    table.add_column(f"{plan.target.metric}, 95 %", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     for trial in results.trials:
         best = results.best is not None and trial.number == results.best.number
         cells = [short_value(trial.values[key]) if key in trial.values else "" for key in names]
+        cells = cells if apart else [values_text(trial.values)]
         number = number_text({"value": trial.value, **trial.outcome}) if trial.value is not None else ""
         state = "best" if best else "interrupted" if trial.state == RUNNING else trial.state
         seconds = trial.outcome.get("seconds")
@@ -79,10 +83,12 @@ def _table(console: Console, plan: SweepPlan, results: SweepResults) -> None:
     console.print()
 
 
-def _sentence(each: Compared, best: Trial) -> str:
-    """The best trial beside another, in words."""
+def sentence(each: Compared, best: Trial, direction: str) -> str:
+    """The best trial beside another, in words; the recipe as it is may be better than all trials."""
     other = "the recipe as it is" if each.trial is None else f"trial {each.trial}"
-    other += ", the recipe as it is" if each.trial is not None and each.as_written else ""
-    away = f"{each.value:+.3g}, 95 % {each.low:+.3g} to {each.high:+.3g}"
-    what = "more than chance" if each.real else "may be chance"
-    return f"trial {best.number} against {other}: {away}: {what}"
+    other += " (the recipe as it is)" if each.trial is not None and each.as_written else ""
+    away = f"{each.value:+.3g} ({each.low:+.3g} to {each.high:+.3g})"
+    better = "better" if (each.value < 0) == (direction == MINIMIZE) else "worse"
+    if not each.real:
+        return f"trial {best.number} differs from {other} by {away}, which may be chance"
+    return f"trial {best.number} is {better} than {other} by more than chance: {away}"

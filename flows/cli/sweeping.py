@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from registry.sweeps import read_sweep
 from tasks.locks import Interrupted, locked
 
 BEST = "best.yaml"
+ENDED = "ended"  # with the sweep: the record of the command that came to its end
 DRAWN = 10  # first trials of tpe, which nothing is known for yet
 
 
@@ -99,56 +98,41 @@ def _require(plan: SweepPlan, out: Path | None, promote: bool) -> None:
         raise InputError(problems)
 
 
-@contextmanager
-def _recorded(plan: SweepPlan, home: Home) -> Iterator[RunRecord]:
-    """A record of this command, by which its death is noticed; whoever leaves the body early has stopped it."""
-    record = RunRecord.start(home, f"{plan.recipe.name} (sweep)")
-    try:
-        yield record
-    finally:
-        if record.values["status"] == "running":
-            record.end("cancelled")
-
-
 def _sweep(
     plan: SweepPlan, home: Home, folder: Path, console: Console, stop: threading.Event, say: Any
 ) -> tuple[str, SweepResults, str | None]:
     """Do the trials; how it ended, what they came to, and the sweep's run in MLflow."""
-    from flows.sweep_record import PARENT, SweepRun
+    from flows.prefect_server import prefect_api
+    from flows.runner import flush_events, import_prefect
+    from flows.sweep_record import PARENT, SweepRun, sweep_page
+    from flows.view import MadeView, make_view
 
     study = Study(plan, folder)
-    done = sum(trial.state in (COMPLETE, FAILED_TRIAL) for trial in study.trials())
+    done = len(_ended(study.trials()))
     target = f"{plan.target.direction} {plan.target.metric} of {plan.target.label}"
     say(f"sweep {plan.name}: {target}; {done} of {plan.count} trials done")
-    if done == plan.count:
+    if done >= plan.count and study.kept(ENDED):
         return "completed", sweep_results(plan, study, home), study.kept(PARENT)
-    with _recorded(plan, home) as record:
-        run = SweepRun(home, say)
-        record.update(sweep=plan.name, mlflow_run_id=run.begin(plan, study, record))
-        parent = record.values["mlflow_run_id"]
-        status = _trials(plan, study, home, console, stop, say, parent)
+    record = RunRecord.start(home, f"{plan.recipe.name} (sweep)")  # by which the next run notices that this one died
+    run = SweepRun(home, say)
+    parent = run.begin(plan, study, record)
+    record.update(sweep=plan.name, mlflow_run_id=parent)
+    with prefect_api(home, import_prefect):
+        status = run_trials(plan, study, home, Teller(lambda: MadeView(make_view(console)), say), stop, parent)
         results = sweep_results(plan, study, home)
-        pictures = _pictures(results, plan, folder)
-        ended = status if status in ("completed", "cancelled") else "failed"
-        run.end(plan, results, pictures, {"completed": "FINISHED", "cancelled": "KILLED"}.get(ended, "FAILED"))
-        ready = sum(trial.state in (COMPLETE, FAILED_TRIAL) for trial in results.trials)
-        record.end(ended, trials={"done": ready, "of": plan.count}, kept=_keys(plan, results, home))
+        sweep_page(plan, results)
+        flush_events()
+    ended = status if status in ("completed", "cancelled") else "failed"
+    states = {"completed": "FINISHED", "cancelled": "KILLED"}
+    run.end(plan, results, _pictures(results, plan, folder), states.get(ended, "FAILED"))
+    counts = {"done": len(_ended(results.trials)), "of": plan.count}
+    record.end(ended, trials=counts, kept=_keys(plan, results, home))
+    study.keep(**{ENDED: record.values["id"] if ended == "completed" else None})
     return status, results, parent
 
 
-def _trials(
-    plan: SweepPlan, study: Study, home: Home, console: Console, stop: threading.Event, say: Any, parent: str | None
-) -> str:
-    from flows.prefect_server import prefect_api
-    from flows.runner import import_prefect
-    from flows.view import MadeView, make_view
-
-    with prefect_api(home, import_prefect):
-        from flows.sweep_record import sweep_page
-
-        status = run_trials(plan, study, home, Teller(lambda: MadeView(make_view(console)), say), stop, parent)
-        sweep_page(plan, sweep_results(plan, study, home))
-    return status
+def _ended(trials: list[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.state in (COMPLETE, FAILED_TRIAL)]
 
 
 def _pictures(results: SweepResults, plan: SweepPlan, folder: Path) -> dict[str, bytes]:

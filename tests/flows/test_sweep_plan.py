@@ -11,11 +11,14 @@ import pytest
 import yaml
 
 from flows.cli.app import run_app
+from flows.cli.sweep_report import sentence
 from flows.sweep_plan import SweepPlan, plan_sweep
-from flows.sweep_study import Study
+from flows.sweep_results import Compared
+from flows.sweep_study import Study, Trial
 from registry.home import Home
 from registry.sweeps import read_sweep
 from tests.flows.refusals import nothing_begun, refusal
+from tests.flows.toy import PROJECT
 
 RATE, RANK = "stages.sft.learning_rate", "stages.sft.lora_rank"
 TWO = {RATE: {"low": 1e-4, "high": 1e-1, "log": True}, RANK: [2, 4, 8]}
@@ -115,6 +118,7 @@ def test_a_sweep_is_known_by_content(folder: Path, tmp_path: Path) -> None:
     assert planned(tmp_path / "elsewhere").name == name
     assert planned(folder, "stages.sft.save_steps=7").name == name
     assert planned(folder, "evaluation.gate=['perplexity.held_out < 3']").name == name
+    assert planned(folder, trials=40).name == name
     assert planned(folder, "stages.sft.max_steps=5").name != name
     assert planned(folder, seed=1).name != name
     assert planned(folder, metric="bits_per_byte.held_out").name != name
@@ -197,6 +201,21 @@ def test_importances_and_pictures_are_made_of_what_is_there(folder: Path, tmp_pa
         assert picture.startswith(b"\x89PNG")
 
 
+def test_a_difference_is_said_with_its_side_and_whether_it_may_be_chance() -> None:
+    best = Trial(3, {}, "complete", 5.0)
+    real = Compared(2, True, -1.0, -1.5, -0.5, True)
+    assert sentence(real, best, "minimize") == (
+        "trial 3 is better than trial 2 (the recipe as it is) by more than chance: -1 (-1.5 to -0.5)"
+    )
+    worse = Compared(None, True, 1.0, 0.5, 1.5, True)
+    assert sentence(worse, best, "minimize").startswith("trial 3 is worse than the recipe as it is by more than chance")
+    assert sentence(worse, best, "maximize").startswith("trial 3 is better than the recipe as it is by more")
+    chance = Compared(1, False, -1.0, -1.5, 0.5, False)
+    assert (
+        sentence(chance, best, "minimize") == "trial 3 differs from trial 1 by -1 (-1.5 to +0.5), which may be chance"
+    )
+
+
 def test_a_dry_run_shows_trials_and_what_they_share(
     folder: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,3 +229,15 @@ def test_a_dry_run_shows_trials_and_what_they_share(
     assert run_app(["sweep", "toy.json", file, "--dry-run", "--json"]) == 0
     first = draw(Study(planned(folder), None), 10)
     assert [each["parameters"] for each in json.loads(capsys.readouterr().out)["trials"]] == first
+
+
+def test_the_sweep_in_the_documentation_fits_its_recipe(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (PROJECT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (tmp_path / "sweep.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert run_app(["sweep", "demo", str(tmp_path / "sweep.yaml"), "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["count"] == 6
+    assert (answer["steps"]["sft/tokenize"], answer["steps"]["sft/train"]) == (1, 6)
+    assert nothing_begun(home)
