@@ -118,7 +118,7 @@ class Study:
         from optuna.samplers import RandomSampler, TPESampler
 
         settings = self.plan.sweep.settings
-        seed = int(numpy.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
+        seed = int(numpy.random.SeedSequence(settings.seed, spawn_key=(number,)).generate_state(1)[0])
         return TPESampler(seed=seed) if settings.method == "tpe" else RandomSampler(seed=seed)
 
     def complete(self, trial: Trial, value: float, outcome: Mapping[str, Any]) -> None:

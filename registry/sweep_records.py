@@ -13,13 +13,13 @@ class SweepSettings(Record):
     """A sweep over a recipe."""
 
     metric: Text
-    """The number that is made better, named as in `results` of `run --json`: `perplexity.held_out`, or with its stage
-    where several have it, `sft.perplexity.held_out`."""
+    """The number that is made better, named as in `results` of `run --json`, such as `perplexity.held_out`.
+    Where several stages have it, `sft.perplexity.held_out`."""
     direction: Literal["minimize", "maximize"] | None = None
     """Which way is better; not needed for metrics of which it is known."""
     method: Literal["grid", "random", "tpe"]
-    """How trials are chosen: every combination, at random, or by what earlier trials came to (Optuna's TPE, whose first
-    10 trials are drawn at random)."""
+    """How trials are chosen: every combination, at random, or by what earlier trials came to (`tpe`).
+    They are Optuna's; the first 10 trials of `tpe` are drawn at random."""
     trials: Steps | None = None
     """Trials of `random` and `tpe`; a grid has as many as there are combinations."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

@@ -31,7 +31,7 @@ from tests.flows.processes import (
 from tests.flows.toy import LONGEST, run, start, toy_recipe
 
 pytestmark = pytest.mark.slow
-STEPS = 40
+STEPS = 16
 GRID = {"stages.sft.learning_rate": [1e-2, 2e-2, 1e30], "stages.sft.logging_steps": [1, 2]}
 
 
@@ -60,7 +60,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, server: Server) -> dict[str,
     files, home = write_sweep(root / "recipe"), root / "home"
     environment = {"LLAMATUNER_HOME": str(home), "PREFECT_API_URL": server.url}
     process = start("sweep", *files, "--json", **environment)
-    wait_until(lambda: len(records(home)) == 3 and checkpoint(home) > 5, process)
+    wait_until(lambda: len(records(home)) == 3 and checkpoint(home) > 3, process)
     family = tree(process)
     kill(family[:1])
     require_gone(family[1:], seconds=5)
@@ -94,7 +94,7 @@ def test_finished_trials_are_kept_the_dead_one_goes_on_and_the_rest_run(swept: d
     assert [trial["run"] for trial in trials] == [record["id"] for record in after[:2] + after[3:]]
     trained = {step["step"]: step for step in after[3]["steps"]}["train"]
     assert trained["state"] == "ran"
-    assert trained["resumed_from"] > 5
+    assert trained["resumed_from"] > 3
     assert "2 of 6 trials done" in swept["told"]
     assert "trial 3 of 6: learning_rate 0.02, logging_steps 1" in swept["told"]
     assert "RUNNING" not in mlflow_states(swept["home"]) + prefect_states(server.database)
@@ -197,3 +197,16 @@ def test_of_two_at_once_the_second_waits(copied: tuple[str, str], home: Path, sw
     out, _ = process.communicate(timeout=LONGEST)
     assert process.returncode == 1
     assert json.loads(out)["best"] == swept["answer"]["best"]
+
+
+def test_what_is_no_trials_fault_leaves_it_open(tmp_path: Path, server: Server) -> None:
+    recipe, sweep = write_sweep(tmp_path / "recipe")
+    nowhere = {"stages.sft.dataset": ["http://127.0.0.1:9/rows.jsonl"]}  # nothing listens there
+    raw = yaml.safe_load(Path(sweep).read_text())
+    Path(sweep).write_text(yaml.safe_dump(raw | {"parameters": nowhere}))
+    answer = run("sweep", recipe, sweep, code=1, PREFECT_API_URL=server.url)
+    assert answer["status"] == "failed"
+    assert answer["best"] is None
+    assert [(trial["state"], trial["parameters"]) for trial in answer["trials"]] == [
+        ("running", {"stages.sft.dataset": "http://127.0.0.1:9/rows.jsonl"})
+    ]
