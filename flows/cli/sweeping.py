@@ -61,9 +61,10 @@ def sweep_recipe(
             status, results, run_id = _sweep(plan, home, folder, console, stop, say)
     except Interrupted:
         return INTERRUPTED
-    written = _write_best(plan, results, folder, out)
+    done = status == "completed"  # else the same command would find its file there, and refuse to write it
+    written = _write_best(plan, results, folder, out if done else None)
     print_sweep(console, plan, results, home, folder, written)
-    gate = _promoted(plan, results, home, console) if promote and status == "completed" else None
+    gate = _promoted(plan, results, home, console) if promote and done else None
     code = _code(status, results, gate)
     if as_json_line:
         states = {DONE: "completed", INTERRUPTED: "cancelled"}
