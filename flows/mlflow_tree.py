@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flows.graph import Pipeline, StageSteps
@@ -23,26 +25,41 @@ SAMPLES = "samples.json"
 COMPUTED_TAG = "llamatuner.computed_by"
 
 
+@dataclass(frozen=True)
+class Nested:
+    """Where the run of a pipeline stands that belongs to another run."""
+
+    parent: str | None
+    """Id of that run in MLflow; None when tracking does not work."""
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    """In which it differs from the others."""
+
+
 class MlflowTree:
     """Turns what happens in a run into MLflow's terms.
 
     Args:
         pipeline: the steps.
         tracker: the connection.
+        nested: where it stands; None: by itself.
     """
 
-    def __init__(self, pipeline: Pipeline, tracker: Tracker) -> None:
-        self._pipeline, self._tracker = pipeline, tracker
+    def __init__(self, pipeline: Pipeline, tracker: Tracker, nested: Nested | None = None) -> None:
+        self._pipeline, self._tracker, self._nested = pipeline, tracker, nested
         self.stage_runs: dict[str, str | None] = {}
         self._tags: dict[str, str] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._samples: dict[str, list[dict[str, Any]]] = {}
 
     def begin(self, record_id: str) -> None:
-        """Open the pipeline run, named like its record, and one run per stage, with settings."""
-        recipe = self._pipeline.recipe
+        """Open the pipeline run, named like its record or as it is nested, and one run per stage, with settings."""
+        recipe, nested = self._pipeline.recipe, self._nested
         self._tags = {RUN_TAG: record_id}
-        self._tracker.start(record_id, self._tags | {"llamatuner.recipe": recipe.name}, recipe.raw)
+        own = self._tags | {"llamatuner.recipe": recipe.name} | dict(nested.tags if nested else {})
+        self._tracker.start(nested.name if nested else record_id, own, recipe.raw, nested.parent if nested else None)
+        self._tracker.params(self._tracker.run_id, nested.params if nested else {})
         for name, stage in self._pipeline.stages.items():
             run_id = self._tracker.open(name, self._tracker.run_id, self._tags)
             self.stage_runs[name] = run_id

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from flows.graph import Pipeline, gated
-from flows.mlflow_tree import MlflowTree
+from flows.mlflow_tree import MlflowTree, Nested
 from flows.run_records import RunRecord
 from flows.view import View
 from registry.errors import InputError
@@ -41,9 +41,17 @@ class Session:
         home: where.
         view: who is told.
         stop: set to end the run.
+        nested: where it stands in MLflow, of a run that belongs to another.
     """
 
-    def __init__(self, pipeline: Pipeline, home: Home, view: View, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        home: Home,
+        view: View,
+        stop: threading.Event | None = None,
+        nested: Nested | None = None,
+    ) -> None:
         self.pipeline, self.home, self.view = pipeline, home, view
         self.store, self.memory = Store(home), DigestMemory(home.digests)
         self.stop = stop or threading.Event()
@@ -51,7 +59,7 @@ class Session:
         self.failed: dict[str, BaseException] = {}
         self.by_title = {step.title: step for step in pipeline.steps}
         self.tracker = Tracker(home, view.say)
-        self.tree = MlflowTree(pipeline, self.tracker)
+        self.tree = MlflowTree(pipeline, self.tracker, nested)
         self.record = RunRecord.start(home, pipeline.recipe.name)
         self._write(self.record.update, measured=_measured_json(pipeline))
         self._lock = threading.Lock()

@@ -214,6 +214,48 @@ class TerminalView:
         self._progress.stop()
 
 
+class MadeView:
+    """Tells what is made, and nothing of what is there already: for runs that share most of their steps.
+
+    Args:
+        view: is told.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view, self._untold, self._lock = view, set[str](), threading.Lock()
+
+    def say(self, text: str) -> None:
+        self._view.say(text)
+
+    def started(self, step: Step) -> None:
+        with self._lock:
+            self._untold.add(step.title)
+
+    def _tell(self, step: Step) -> None:
+        with self._lock:
+            untold = step.title in self._untold
+            self._untold.discard(step.title)
+        if untold:
+            self._view.started(step)
+
+    def event(self, step: Step, event: dict[str, Any]) -> None:
+        self._tell(step)
+        self._view.event(step, event)
+
+    def ended(self, step: Step, outcome: Outcome) -> None:
+        if outcome.state == "cached" and step.title in self._untold:
+            return
+        self._tell(step)
+        self._view.ended(step, outcome)
+
+    def failed(self, step: Step, error: BaseException) -> None:
+        self._tell(step)
+        self._view.failed(step, error)
+
+    def close(self) -> None:
+        self._view.close()
+
+
 def make_view(console: Console) -> View:
     """The live display where there is a terminal, lines elsewhere."""
     if console.is_terminal:

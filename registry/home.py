@@ -97,6 +97,11 @@ class Home:
         return self.path / "runs"
 
     @property
+    def sweeps(self) -> Path:
+        """Sweeps, a folder each: Optuna's database of its trials, pictures, the best recipe."""
+        return self.path / "sweeps"
+
+    @property
     def digests(self) -> Path:
         """Remembered digests of files."""
         return self.path / "digests.sqlite"

@@ -44,13 +44,22 @@ def load_recipe(recipe: str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     Raises:
         InputError: everything that is wrong, at once.
     """
+    return build_recipe(*read_recipe(recipe, overrides))
+
+
+def read_recipe(recipe: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Any, Path, str]:
+    """What a recipe says, overrides applied, not validated; the folder that its relative paths start at, and its title.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, or an override does not fit.
+    """
     if isinstance(recipe, str):
         path = find_recipe(recipe)
         folder, title = path.parent, path.name
         raw = read_yaml(read_text(path), str(path))
     else:
         folder, title, raw = Path.cwd(), str(recipe.get("name", "recipe")), dict(recipe)
-    return build_recipe(override(raw, overrides), folder, title)
+    return override(raw, overrides), folder, title
 
 
 def override(raw: Any, overrides: Sequence[str]) -> Any:
@@ -65,21 +74,38 @@ def override(raw: Any, overrides: Sequence[str]) -> Any:
     problems = []
     for text in overrides:
         key, sign, value = text.partition("=")
-        keys = key.strip().split(".")
-        if not sign or not all(keys):
+        if not sign or not all(key.strip().split(".")):
             problems.append(Problem(f"--set {text}", "an override is key=value, e.g. stages.sft.learning_rate=1e-4"))
             continue
-        stages = raw.get("stages") if isinstance(raw, dict) else None
-        if keys[0] == "stages" and len(keys) > 1 and isinstance(stages, dict) and keys[1] not in stages:
-            problems.append(Problem(f"--set {text}", f"no stage {keys[1]!r}", did_you_mean(keys[1], list(stages))))
-            continue
         try:
-            raw = _put(raw, keys, read_yaml(value, f"--set {text}"))
-        except KeyError as error:
-            problems.append(Problem(f"--set {text}", f"{error.args[0]} is not a mapping in this recipe"))
+            raw = put(raw, key.strip(), read_yaml(value, f"--set {text}"), f"--set {text}")
+        except InputError as error:
+            problems += error.problems
     if problems:
         raise InputError(problems)
     return raw
+
+
+def put(raw: Any, key: str, value: Any, where: str) -> Any:
+    """A copy of a recipe with one setting.
+
+    Args:
+        raw: the recipe as written.
+        key: dotted path of the setting.
+        value: of it.
+        where: for the error.
+
+    Raises:
+        InputError: there is no such stage, or something on the way is not a mapping.
+    """
+    keys = key.split(".")
+    stages = raw.get("stages") if isinstance(raw, dict) else None
+    if keys[0] == "stages" and len(keys) > 1 and isinstance(stages, dict) and keys[1] not in stages:
+        raise InputError(Problem(where, f"no stage {keys[1]!r}", did_you_mean(keys[1], list(stages))))
+    try:
+        return _put(raw, keys, value)
+    except KeyError as error:
+        raise InputError(Problem(where, f"{error.args[0]} is not a mapping in this recipe")) from error
 
 
 def _put(raw: Any, keys: list[str], value: Any) -> dict[str, Any]:

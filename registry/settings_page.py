@@ -16,6 +16,7 @@ from registry.record import Record
 from registry.records import DataSettings, ModelSettings, RuntimeSettings, TrainSettings
 from registry.stage_settings import ALIASES
 from registry.stages import METHODS, STAGES
+from registry.sweep_records import RangeSettings, SweepSettings
 
 SECTIONS: tuple[tuple[str, type[Record]], ...] = (
     ("The model", ModelSettings),
@@ -23,6 +24,8 @@ SECTIONS: tuple[tuple[str, type[Record]], ...] = (
     ("Training", TrainSettings),
     ("What changes no result", RuntimeSettings),
     ("`evaluation`", EvaluationSettings),
+    ("A sweep, a file of its own (see sweeps.md)", SweepSettings),
+    ("A range in `parameters` of a sweep", RangeSettings),
 )
 
 

@@ -24,6 +24,31 @@ RESULTS, DRAWN = "results.json", "drawn.npz"
 DOCUMENTS = "documents"
 """Of a result whose rows are no input of the step: their digest."""
 
+MINIMIZE, MAXIMIZE = "minimize", "maximize"
+DIRECTIONS = {
+    **dict.fromkeys(("perplexity", "bits_per_byte", "reward_calibration_error"), MINIMIZE),
+    **dict.fromkeys(("word_perplexity", "byte_perplexity", "ter", "brier_score"), MINIMIZE),  # lm-eval's
+    **dict.fromkeys(("bleu", "chrf", "rouge1", "rouge2", "rougeL", "token_f1", "exact_match", "f1"), MAXIMIZE),
+    **dict.fromkeys(("accuracy", "accuracy_norm", "mc1", "mc2"), MAXIMIZE),
+    **dict.fromkeys(("reward_accuracy", "reward_margin", "win_rate_base", "win_rate_reference"), MAXIMIZE),
+    **dict.fromkeys(("preference_accuracy", "preference_accuracy_norm", "implicit_reward_accuracy"), MAXIMIZE),
+}
+"""Which way a metric is better. Not there: what says nothing by itself, as the mean length of answers or the mean score
+that a reward model gives."""
+
+
+def direction(metric: str) -> str | None:
+    """Which way a metric is better; None where that is not known.
+
+    >>> direction("perplexity"), direction("reward_accuracy_chosen_shorter"), direction("exact_match_strict")
+    ('minimize', 'maximize', 'maximize')
+
+    Args:
+        metric: without its data set; a kind of rows, or a filter of lm-eval, may be behind its name.
+    """
+    names = [name for name in DIRECTIONS if metric == name or metric.startswith(f"{name}_")]
+    return DIRECTIONS[max(names, key=len)] if names else None
+
 
 class Measure(NamedTuple):
     """A number that was measured."""

@@ -20,6 +20,8 @@ from tasks.locks import locked
 TRACKING_URI = "MLFLOW_TRACKING_URI"  # of the environment
 OPENED_TAG = "llamatuner.opened"  # by which a run is found again that MLflow may have been told of
 
+GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # of a run: another server's; deleted by somebody
+
 Entry = dict[str, Any]
 """`do`: one of `DONE_BY`; `run`: of which run; and what belongs to it. All of it is JSON."""
 
@@ -65,6 +67,19 @@ def _open(to: Connection, entry: Entry) -> str:
     labels = entry["tags"] | ({"mlflow.parentRunId": entry["parent"]} if entry["parent"] else {})
     run = to.client.create_run(to.experiment, start_time=entry["time"], run_name=entry["name"], tags=labels)
     return str(run.info.run_id)
+
+
+def _reopen(to: Connection, entry: Entry) -> bool:
+    """A run that was ended, once more; whether it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        to.client.update_run(entry["run"], status="RUNNING")
+    except MlflowException as error:
+        if error.error_code in GONE:
+            return False
+        raise
+    return True
 
 
 def _end(to: Connection, entry: Entry) -> None:
@@ -190,6 +205,7 @@ def _set_tracking_uri(uri: str) -> None:
 
 DONE_BY: Mapping[str, Callable[[Connection, Entry], Any]] = {
     "open": _open,
+    "reopen": _reopen,
     "end": _end,
     "params": _params,
     "metrics": _metrics,

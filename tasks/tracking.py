@@ -29,10 +29,7 @@ from tasks.servers import MLFLOW, address
 EXPERIMENT = "llamatuner"
 RUN_TAG = "llamatuner.run"  # on every run of a tree: the id of the run record
 LONGEST_PARAM = 500  # characters; the whole settings are kept as an artifact
-FIRST_PAUSE, LONGEST_PAUSE = (
-    15.0,
-    240.0,
-)  # seconds between attempts to reach MLflow: asking a server that hangs takes long
+FIRST_PAUSE, LONGEST_PAUSE = 15.0, 240.0  # seconds between attempts: a server that hangs takes long to ask
 
 
 def tracking_uri(home: Home) -> str:
@@ -142,9 +139,7 @@ class Tracker:
         self._connection = None  # its server may have come back at another address
         try:
             self._ids |= self._journal.deliver(self._connect(), self._refused)
-        except Exception as error:
-            if not unreachable(error):
-                raise
+        except Exception:  # noqa: BLE001 - it was said when it began
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
             self._next_attempt = time.monotonic() + self._pause
             return
@@ -161,10 +156,20 @@ class Tracker:
         """The pipeline's run, as `known_id` has it."""
         return self.known_id(self.run_id)
 
-    def start(self, name: str, tags: Mapping[str, str], recipe: Mapping[str, Any]) -> None:
-        """Open the pipeline's run and keep its recipe."""
-        self.run_id = self.open(name, None, tags)
+    def start(self, name: str, tags: Mapping[str, str], recipe: Mapping[str, Any], parent: str | None = None) -> None:
+        """Open the pipeline's run, below another one or by itself, and keep its recipe."""
+        self.run_id = self.open(name, parent, tags)
         self.dictionary(self.run_id, recipe, "recipe.yaml")
+
+    def go_on(self, run_id: str, tags: Mapping[str, str]) -> bool:
+        """Open a run again that was ended; False where MLflow does not have it any more."""
+        with self._lock:
+            if self._tell("reopen", run_id) is False:
+                return False
+            self.run_id = run_id
+            self._open.append(run_id)
+        self.tags(run_id, tags)
+        return True
 
     def open(self, name: str, parent: str | None, tags: Mapping[str, str]) -> str | None:
         """Open a run, below another one or not; its id, a passing one as long as MLflow cannot be reached."""

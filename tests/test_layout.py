@@ -67,7 +67,8 @@ def test_looking_and_planning_load_nothing_heavy() -> None:
     assert (
         loaded(
             "import flows.cli.app, flows.cli.chatting, flows.cli.deploying, flows.cli.exporting, flows.cli.looking, "
-            "flows.cli.running, flows.cli.scoring, flows.cli.serving, flows.cli.talking, flows.planning"
+            "flows.cli.running, flows.cli.scoring, flows.cli.serving, flows.cli.sweeping, flows.cli.talking, "
+            "flows.planning, flows.sweep_picture, flows.sweep_record"
         )
         == set()
     )
@@ -75,6 +76,8 @@ def test_looking_and_planning_load_nothing_heavy() -> None:
 
 def test_the_process_of_a_flow_never_loads_torch() -> None:
     assert loaded("import flows.pipeline, tasks.tracking, mlflow.tracking") <= {"prefect", "mlflow", "pandas"}
+    sweeping = "import optuna.importance, optuna.storages._rdb.storage, sklearn.ensemble"
+    assert loaded(sweeping) <= {"pandas"}
 
 
 def test_our_packages_are_found_and_not_the_tests_folders() -> None:

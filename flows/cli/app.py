@@ -54,6 +54,25 @@ def init(
     raise typer.Exit(begin(file, model, data, goal, json))
 
 
+@app.command()
+def sweep(
+    recipe: Recipe,
+    file: Annotated[str, typer.Argument(metavar="SWEEP", help="YAML or JSON file; docs/sweeps.md.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the recipe with the best values.")] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Put the best model through evaluation.gate.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the trials and what they share; run none.")] = False,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Run a recipe with other values again and again, and find the best; the same command goes on after a stop."""
+    from flows.cli.sweeping import show_sweep, sweep_recipe
+
+    if dry_run:
+        show_sweep(recipe, file, overrides or [], json)
+        return
+    raise typer.Exit(sweep_recipe(recipe, file, overrides or [], out, promote, json))
+
+
 AS_TYPED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

@@ -181,9 +181,10 @@ def list_runs(limit: int, as_json: bool) -> None:
         ]
         steps = values.get("steps", [])
         ran = sum(step["state"] == "ran" for step in steps)
-        console.print(
-            Text(f"{values['id']}  {values['recipe']:<16} {values['status']:<10} {ran} of {len(steps)} steps made")
-        )
+        made = f"{ran} of {len(steps)} steps made"
+        if "trials" in values:
+            made = f"{values['trials']['done']} of {values['trials']['of']} trials done"
+        console.print(Text(f"{values['id']}  {values['recipe']:<16} {values['status']:<10} {made}"))
         for result in results:
             console.print(Text(f"    {result}", style="dim"))
     if not found:

@@ -40,7 +40,7 @@ def print_report(
     _memory(console, pipeline, outcomes)
     _times(console, pipeline, outcomes)
     _model(console, pipeline, outcomes)
-    _pages(console, home)
+    print_pages(console, home)
     for told in gate_lines(gate) if gate else ():
         console.print(told)
     for line in failures:
@@ -134,7 +134,7 @@ def _model(console: Console, pipeline: Pipeline, outcomes: dict[str, Outcome]) -
             console.print(f"{name} model: {outcome.artifact.path}", markup=False, soft_wrap=True)
 
 
-def _pages(console: Console, home: Home) -> None:
+def print_pages(console: Console, home: Home) -> None:
     """Where the two pages are, or what opens them; servers of the user's own have addresses already."""
     unseen = []
     for title, variable, name in (("Prefect", "PREFECT_API_URL", PREFECT), ("MLflow", TRACKING_URI, MLFLOW)):

@@ -102,6 +102,7 @@ def _answer(
 
 def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, told: Told | None) -> int:
     from flows.prefect_server import prefect_api
+    from flows.runner import import_prefect, run_flow
     from flows.session import Session, stopping
     from flows.view import make_view
 
@@ -110,10 +111,10 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
     view = make_view(console)
     stop = threading.Event()
     try:
-        with prefect_api(home, _import_prefect), stopping(stop, view.say):
+        with prefect_api(home, import_prefect), stopping(stop, view.say):
             # until here a signal unwinds: there is nothing to close
             session = Session(pipeline, home, view, stop)
-            status = _flow(session)
+            status = run_flow(session)
     finally:
         view.close()
     print_report(console, pipeline, session.outcomes, home, status, session.failures(), session.gate)
@@ -128,35 +129,3 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
         say_error(str(session.error_text()))
         return BAD_INPUT if all(isinstance(error, InputError) for error in errors) else FAILED
     return DONE if status == "completed" else FAILED
-
-
-def _import_prefect() -> None:
-    """It takes as long as the server's start."""
-    from flows.session import holding_signals
-
-    with holding_signals():
-        import flows.pipeline  # noqa: F401 - for the time it takes
-
-
-def _flow(session: Any) -> str:
-    """Run the flow with this session; the status the session ended with."""
-    from prefect import tags
-    from prefect.exceptions import TerminationSignal
-
-    from flows.pipeline import SESSION, pipeline
-    from flows.reconcile import run_tag, settle
-
-    token, recipe = SESSION.set(session), session.pipeline.recipe
-    try:
-        with tags(run_tag(session.record)):
-            pipeline({**recipe.raw, "name": recipe.name}, return_state=True)
-    except (KeyboardInterrupt, TerminationSignal):
-        session.stop.set()  # a second signal, or one that met Prefect's handler: what is open is closed below
-    except Exception as error:  # noqa: BLE001 - the flow's own failures come back as a state: this is Prefect's API
-        session.failed.setdefault("prefect", error)
-    finally:
-        SESSION.reset(token)
-        settle(session.record, session.view.say)
-        if session.record.values["status"] == "running":  # Prefect itself failed before the flow's body ran
-            session.finish()
-    return str(session.record.values["status"])

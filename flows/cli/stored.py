@@ -148,6 +148,7 @@ def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
             rule = f"run {record.values['id']} is going on"
             raise InputError(Problem("artifacts gc", rule, "Wait for it, or stop it, then run gc again."))
         number, keys = seen.get(record.values["recipe"], 0), {step["key"] for step in record.values.get("steps", [])}
+        keys |= set(record.values.get("kept", ()))  # a sweep's best trial
         if number < keep_runs and keys:
             seen[record.values["recipe"]] = number + 1
             kept |= keys
