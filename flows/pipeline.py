@@ -20,6 +20,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.graph import build
+from flows.pages import Pages, outlive_reader
 from flows.planning import plan
 from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, samples_page, step_page
 from flows.preflight import preflight, require_rows
@@ -36,6 +37,7 @@ from tasks.locks import Interrupted
 from tasks.steps import Step
 
 SESSION: ContextVar[Session | None] = ContextVar("llamatuner_session", default=None)
+PAGES: ContextVar[Pages] = ContextVar("llamatuner_pages")
 RETRY_SECONDS = (1.0, 10.0)  # before the second and the third attempt; waited for here, where a stop request is heard
 THREADS = sys.maxsize  # one per step: Prefect lets a task wait for its inputs in a thread of the pool
 
@@ -63,15 +65,16 @@ def make_step(title: str) -> State[Any]:
     session = SESSION.get()
     if session is None:
         raise RuntimeError("make_step runs inside the pipeline flow only")
-    logger = get_run_logger()
+    logger, pages = get_run_logger(), PAGES.get()
     progress = ProgressPage(title, flow_run.get_id())
 
     def on_event(step: Step, event: dict[str, Any]) -> None:
         if event["kind"] == "note":
             logger.info("%s: %s", title, event["text"])
         if event["kind"] == "samples":
-            samples_page(title, event)
-        progress.show(event)
+            pages.write(samples_page, title, event)
+        if progress.wanted(event):
+            pages.write(progress.show, event)
 
     attempt = task_run.run_count
     if attempt > 1:
@@ -83,7 +86,7 @@ def make_step(title: str) -> State[Any]:
     except Interrupted:
         return Cancelled(message="The run was asked to stop; what is finished is kept.")
     artifact = outcome.artifact
-    step_page(session.by_title[title], artifact)
+    pages.write(step_page, session.by_title[title], artifact)
     reference = {"artifact": f"{artifact.step}/{artifact.path.name}", "key": artifact.key, "digest": artifact.digest}
     if outcome.state == "cached":
         return Completed(name="Cached", message=f"{reference['artifact']} is there", data=reference)
@@ -125,13 +128,17 @@ def pipeline(
             return Failed(message=f"{BAD_INPUT_MARK}{error}")
         SESSION.set(session)
         tag_flow_run(session.record, str(flow_run.get_id()))
+        outlive_reader()
+    pages = Pages(session.view.say)
+    PAGES.set(pages)
     with stopping(session.stop, session.view.say):
         try:
             _run(session)
         finally:
             status = session.finish()
             session.view.close()
-        results_page(session)
+        pages.write(results_page, session)
+        pages.finish()
     if status == "completed":
         made = sum(outcome.state == "ran" for outcome in session.outcomes.values())
         return Completed(message=f"{made} steps made, {len(session.outcomes) - made} cached")
@@ -164,7 +171,7 @@ def _run(session: Session) -> None:
         flow_run_id=str(flow_run.get_id()), prefect_api=without_credentials(str(PREFECT_API_URL.value()))
     )
     reconcile(session.home, session.view.say)
-    plan_page(plan(session.pipeline, session.store))
+    PAGES.get().write(plan_page, plan(session.pipeline, session.store))
     session.tree.begin(session.record.values["id"])
     session.record.update(mlflow_run_id=session.tracker.root)
     futures: dict[str, Any] = {}
@@ -177,4 +184,4 @@ def _run(session: Session) -> None:
         future.wait()
     for stage in session.pipeline.stages.values():
         if stage.rendered.title in session.outcomes:
-            preview_page(stage, session.outcomes[stage.rendered.title].artifact)
+            PAGES.get().write(preview_page, stage, session.outcomes[stage.rendered.title].artifact)

@@ -42,19 +42,23 @@ class ProgressPage:
     """The progress bar of a step."""
 
     def __init__(self, title: str, flow_run_id: str | None) -> None:
-        self._title, self._last = title, 0.0
+        self._title, self._last, self._shown = title, 0.0, False
         self._id: UUID | None = None
 
-    def show(self, event: dict[str, Any]) -> None:
-        """Update the bar from a progress event, every few seconds and at the end."""
+    def wanted(self, event: dict[str, Any]) -> bool:
+        """Whether the bar is to be updated from an event: every few seconds, and at the end."""
         if event["kind"] != "progress" or not event.get("total"):
-            return
+            return False
         now, done = time.monotonic(), event["step"] >= event["total"]
-        if self._id is None and done:
-            return  # too short to have a bar
+        if done and not self._shown:
+            return False  # too short to have a bar
         if now - self._last < PROGRESS_SECONDS and not done:
-            return
-        self._last = now
+            return False
+        self._last, self._shown = now, True
+        return True
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Update the bar from a progress event."""
         percent = min(100.0, 100.0 * event["step"] / event["total"])
         text = f"{self._title}: {event['step']} of {event['total']}  {numbers(event)}  {details(event)}"
         if self._id is None:

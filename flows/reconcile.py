@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +13,8 @@ from registry.home import Home
 from tasks.tracking import end_dead_run, tell_what_waits
 
 SETTLE_SECONDS = 10.0
+HEARD_SECONDS = 20.0  # by then Prefect has heard how a run ended, if it was there
+RECENT = 50  # ended runs that Prefect is asked about
 
 
 def reconcile(home: Home, say: Callable[[str], None]) -> None:
@@ -28,6 +31,10 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
         if _closed(home, record, say):
             record.end("crashed")  # last: whoever is killed before it leaves the rest to the next run
             say(f"run {record.values['id']} ended without a word; it is marked crashed")
+    try:
+        _tell_ends(home)
+    except Exception as error:  # noqa: BLE001 - as above
+        say(f"Prefect could not be told how earlier runs ended: {type(error).__name__}: {error}")
 
 
 def _closed(home: Home, record: RunRecord, say: Callable[[str], None]) -> bool:
@@ -38,6 +45,32 @@ def _closed(home: Home, record: RunRecord, say: Callable[[str], None]) -> bool:
         say(f"run {record.values['id']} could not be closed everywhere: {type(error).__name__}: {error}")
         return False
     return True
+
+
+def _tell_ends(home: Home) -> None:
+    """Tell Prefect how runs ended that it calls running: its server was away when they ended."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    before = (datetime.now(UTC) - timedelta(seconds=HEARD_SECONDS)).isoformat(timespec="seconds")
+    ended = [record for record in records(home) if record.values.get("ended", "9") < before][:RECENT]
+    by_tag = {run_tag(record): record.values["status"] for record in ended}
+    if not by_tag:
+        return
+    going_on = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
+    wanted = FlowRunFilter.model_validate({"tags": {"any_": list(by_tag)}, "state": going_on})
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=wanted):
+            status = next(by_tag[tag] for tag in run.tags if tag in by_tag)
+            client.set_flow_run_state(run.id, _ended_as(status), force=True)
+
+
+def _ended_as(status: str) -> Any:
+    """Prefect's state for that of a record."""
+    from prefect import states
+
+    kind = {"completed": states.Completed, "failed": states.Failed, "cancelled": states.Cancelled}
+    return kind.get(status, states.Crashed)(message=f"{status}; Prefect could not be told when it ended")
 
 
 def run_tag(record: RunRecord) -> str:

@@ -157,8 +157,8 @@ class Study:
         trials are few, do not differ, or have one parameter.
 
         By how much the splits of a random forest make the number vary less (mean decrease of impurity), because that
-        needed fewer trials than the others: from 18 of a made-up function that varies by the learning rate but for 3 %, it gave it
-        90 %, fANOVA 24 %, and PED-ANOVA, Optuna's default, 58 %.
+        needed fewer trials than the others: from 18 of a made-up function that varies by the learning rate but for 3 %,
+        it gave it 90 %, fANOVA 24 %, and PED-ANOVA, Optuna's default, 58 %.
         """
         values = [trial.value for trial in self.trials() if trial.value is not None]
         parameters = len(self.plan.sweep.space)

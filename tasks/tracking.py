@@ -257,14 +257,21 @@ class Tracker:
         """Data set name → (where it is from, digest), as inputs of a run."""
         self._tell("inputs", run_id, datasets={name: list(each) for name, each in datasets.items()}, context=context)
 
-    def register(self, run_id: str | None, name: str, model: Artifact, params: Mapping[str, Any]) -> None:
-        """Register a model by reference: its folder and digest, no copy; its run gets the tag `llamatuner.model`."""
+    def register(self, run_id: str | None, name: str, model: Artifact, params: Mapping[str, Any]) -> str | None:
+        """Register a model by reference: its folder and digest, no copy; its run gets the tag `llamatuner.model`.
+
+        Returns:
+            `name/version`; None as long as MLflow cannot be reached.
+        """
         tags = {
             "llamatuner.digest": model.digest,
             "llamatuner.key": model.key,
             "llamatuner.artifact": f"{model.step}/{model.path.name}",
         }
-        self._tell("register", run_id, name=name, tags=tags, params={k: str(v) for k, v in params.items()})
+        found: str | None = self._tell(
+            "register", run_id, name=name, tags=tags, params={k: str(v) for k, v in params.items()}
+        )
+        return found
 
 
 def tell_what_waits(home: Home, say: Callable[[str], None]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.reconcile import HEARD_SECONDS
 from tests.faults.events import ALONE, SERVED, Scene, fill_disk, processes
 from tests.faults.ground import PLACES, Ground, Place, digests, lacking
 from tests.flows.processes import copy_home, kill, record_states, require_nothing_open
@@ -137,6 +138,8 @@ def served(ground: Ground, place_name: str, event_name: str, home: Path) -> Cell
         kill([psutil.Process(command.pid)])  # it follows a server that is gone
     _out(command, cell)
     run("up", **environment)
+    if event_name == "SIGKILL Prefect":
+        time.sleep(HEARD_SECONDS)  # before that, a run that has just ended may still be telling Prefect
     _go_on(ground, home, cell, before, allowed)
     return cell
 
