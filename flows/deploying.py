@@ -17,6 +17,7 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.loading import find_recipe
 from registry.recipes import RECIPES
+from registry.run_form import recipe_form, stage_form
 from tasks.servers import PREFECT, WORKER, address, read_servers
 from tasks.versions import package_version
 
@@ -167,10 +168,22 @@ def _register(client: Any, name: str, schedule: Any) -> dict[str, Any]:
         work_pool_name=POOL,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+    fields = deployment._parameter_openapi_schema.properties
+    fields.update(_form(name, fields))
     made = deployment.apply()
     found = client.read_deployment(made)
     schedules = [_schedule_json(each) for each in found.schedules]
     return {"name": f"{ANY}/{name}", "id": str(made), "schedules": schedules}
+
+
+def _form(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields that make Prefect's run form that of the recipe: typed, and checked by the server before a run starts."""
+    settings = stage_form() if name == ANY else recipe_form(name)
+    form = {"settings": fields["settings"] | settings | {"title": "settings"}}
+    if name != ANY:  # the settings are those of one recipe
+        recipe = {key: value for key, value in fields["recipe"].items() if key != "anyOf"}
+        form["recipe"] = recipe | {"type": "string", "enum": [name], "default": name}
+    return form
 
 
 def _schedule_json(each: Any) -> dict[str, Any]:

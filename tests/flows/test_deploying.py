@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from flows.cli.app import run_app
 from flows.services import ask
 from registry.home import Home
 from registry.recipes import RECIPES
+from registry.run_form import recipe_form
 from tasks.servers import read_servers
 from tests.flows.processes import checkpoint, mlflow_states, record_states, require_nothing_open, wait_until
 from tests.flows.test_servers import free_port, told
@@ -66,9 +68,29 @@ def test_each_recipe_is_a_deployment_that_any_worker_with_the_package_can_run(he
     assert demo["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     assert demo["description"].startswith("An assistant that knows what LLamaTuner is")
     fields = demo["parameter_openapi_schema"]["properties"]
-    assert list(fields) == ["recipe", "overrides", "data_only"]
+    assert list(fields) == ["recipe", "settings", "overrides", "data_only"]
     assert all(field["description"] for field in fields.values())
+    assert fields["recipe"]["enum"] == ["demo"]
+    assert fields["settings"]["properties"] == recipe_form("demo")["properties"]
     assert ask(f"{api}/deployments/{made['pipeline/pipeline']}")["parameters"] == {}
+
+
+@pytest.mark.parametrize(
+    ("deployment", "settings", "said"),
+    [
+        ("demo", {"stages": {"sft": {"learning_rate": "fast"}}}, "settings.stages.sft.learning_rate"),
+        ("demo", {"finetuning_type": "lorra"}, "'lorra' is not one of ['lora', 'freeze', 'full']"),
+        ("pipeline", {"max_step": 3}, "'max_step' was unexpected"),
+    ],
+)
+def test_what_the_form_cannot_mean_is_refused_before_a_run_starts(
+    api: str, deployment: str, settings: dict[str, Any], said: str
+) -> None:
+    known = ask(f"{api}/deployments/name/pipeline/{deployment}")["id"]
+    with pytest.raises(HTTPError) as refused:
+        ask(f"{api}/deployments/{known}/create_flow_run", {"parameters": {"settings": settings}})
+    assert refused.value.code == 409
+    assert said in json.loads(refused.value.read())["detail"]
 
 
 def test_to_deploy_again_changes_nothing_and_keeps_the_schedule(here: Path) -> None:
