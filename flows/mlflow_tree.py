@@ -37,6 +37,8 @@ class MlflowTree:
         self._tags: dict[str, str] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._samples: dict[str, list[dict[str, Any]]] = {}
+        self.registered: list[str] = []
+        """Versions of models that this run made, as `name/version`."""
 
     def begin(self, record_id: str) -> None:
         """Open the pipeline run, named like its record, and one run per stage, with settings."""
@@ -124,6 +126,8 @@ class MlflowTree:
         registered = self._tracker.register(run_id, name, outcome.artifact, {"stage": step.stage})
         self._tracker.file(run_id, outcome.artifact.path / "manifest.json", "model")
         self._tracker.tags(run_id, {"llamatuner.model": registered} if registered else {})
+        if registered and outcome.state == "ran":
+            self.registered.append(registered)
 
     def _measured(self, step: Step, outcome: Outcome) -> dict[str, Any]:
         """A run for every measurement, below that of its stage, which has the numbers as well."""
