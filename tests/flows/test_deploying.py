@@ -231,11 +231,16 @@ def tell(api: str, event: str, resource: dict[str, str], related: list[dict[str,
     ask(f"{api}/events", [told | {"occurred": datetime.now(UTC).isoformat()}])
 
 
+def switch(api: str, automation: dict[str, Any], on: bool) -> None:
+    """Switch an automation on or off as people do on Prefect's page."""
+    body = json.dumps({"enabled": on}).encode()
+    urlopen(Request(f"{api}/automations/{automation['id']}", body, JSON, method="PATCH")).close()
+
+
 def test_a_new_version_is_measured_once_that_is_switched_on(here: Path, api: str) -> None:
     measuring = automations(api)["llamatuner: measure new versions"]
     assert not measuring["enabled"]
-    switch = Request(f"{api}/automations/{measuring['id']}", b'{"enabled": true}', JSON, method="PATCH")
-    urlopen(switch).close()
+    switch(api, measuring, True)
     version = {"prefect.resource.id": "llamatuner.model.toy-sft.3", "prefect.resource.name": "toy-sft/3"}
     tell(api, "llamatuner.model.registered", version, [])
     deployment = ask(f"{api}/deployments/name/pipeline/pipeline")["id"]
@@ -250,6 +255,7 @@ def test_a_new_version_is_measured_once_that_is_switched_on(here: Path, api: str
     assert ended(api, asked()[0]["id"])["message"].startswith("Bad input: ")  # there is no such version
     run("deploy", "pipeline")
     assert automations(api)["llamatuner: measure new versions"]["enabled"]  # as people left it
+    switch(api, measuring, False)  # the tests below make versions too
 
 
 SHORT = """
