@@ -139,6 +139,7 @@ def _worker_environment(home: Home, api: str | None) -> dict[str, str]:
     return prefect_environment(home) | {
         "PREFECT_API_URL": str(api),
         "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", POLL_SECONDS),
+        HEARTBEAT: os.environ.get(HEARTBEAT, str(HEARTBEAT_SECONDS)),
         "LLAMATUNER_HOME": str(home.path),
         "PYTHONPATH": python_path(),
     }
