@@ -1,7 +1,8 @@
 """Deployments: what Prefect starts by schedule, from its pages, or for `submit`.
 
 One decision: each shipped recipe is a deployment of its own name, and `pipeline` takes any recipe. All are the one flow
-of `flows.pipeline`, named by its module: a worker needs this package installed, and no checkout.
+of `flows.pipeline`, named by its module: a worker needs this package installed, and no checkout. Beside them there is
+`promote`, which a person starts, and a `watch` for each recipe whose data are watched.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from uuid import UUID
 
-from flows.services import POOL, prefect_environment
+from flows.services import HEARTBEAT, HEARTBEAT_SECONDS, POOL, prefect_environment
 from registry.core import read_text
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
-from registry.loading import find_recipe
+from registry.loading import find_recipe, load_recipe
 from registry.recipes import RECIPES
+from registry.run_form import recipe_form, stage_form
 from tasks.servers import PREFECT, WORKER, address, read_servers
 from tasks.versions import package_version
 
 ANY = "pipeline"  # the deployment that takes any recipe; also the name of the flow
+PROMOTE, WATCH = "promote", "watch"  # flows; the first is its own deployment's name too
+FLOWS = (ANY, PROMOTE, WATCH)
+WATCH_CRON = "0 * * * *"  # when data are watched and nobody says how often
 ANY_DESCRIPTION = "Do what a recipe says and is not done yet: any recipe, by name, by path, or written out."
 
 
@@ -51,7 +57,7 @@ def shared_api(home: Home) -> Iterator[str]:
 
 def known_names() -> list[str]:
     """The names of all deployments."""
-    return [*RECIPES, ANY]
+    return [*RECIPES, ANY, PROMOTE]
 
 
 def require_names(names: Sequence[str]) -> None:
@@ -115,62 +121,130 @@ def description_of(name: str) -> str:
     return " ".join(lines)
 
 
-def register(names: Sequence[str], schedule: Any = None) -> list[dict[str, Any]]:
-    """Write deployments to the server that Prefect is pointed to; one that is there is brought up to date.
+def register(
+    names: Sequence[str], schedule: Any = None, watched: bool = False, notify: str | None = None
+) -> list[dict[str, Any]]:
+    """Write deployments and automations to the server that Prefect is pointed to; what is there is brought up to date.
 
     Args:
-        names: of deployments.
+        names: of deployments; with `watched` recipes, by name or path.
         schedule: of the one, in place of any it has; None leaves schedules as they are.
+        watched: start runs of the recipes when their data change; the schedule is when to look.
+        notify: block that is told of what goes wrong and of promotions, see `flows.automations.notifications`.
 
     Returns:
         Of each its `name`, `id` and `schedules`.
+
+    Raises:
+        InputError: a recipe that is not valid, a block that is not there.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
+    from flows.automations import dead_runs, install, measuring, notifications
+
     with get_client(sync_client=True) as client:
+        told = notifications(client, notify, FLOWS) if notify else []
+        watches = [_watch(name) for name in names] if watched else []
         try:
             client.read_work_pool(POOL)
         except ObjectNotFound:
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-        return [_register(client, name, schedule) for name in names]
+        deployed = [ANY if watched and name not in known_names() else name for name in names]
+        made = [_register(client, name, None if watched else schedule) for name in dict.fromkeys(deployed)]
+        made += [_apply(client, *watch, schedule, schedule_of(WATCH_CRON, None)) for watch in watches]
+        measured = [measuring(UUID(each["id"])) for each in made if each["name"] == f"{ANY}/{ANY}"]
+        install(client, [dead_runs(FLOWS, heartbeat_seconds()), *measured, *told])
+    return made
+
+
+def heartbeat_seconds() -> int:
+    """Seconds between two signs of life of a run."""
+    return int(os.environ.get(HEARTBEAT, HEARTBEAT_SECONDS))
 
 
 def _register(client: Any, name: str, schedule: Any) -> dict[str, Any]:
+    if name == PROMOTE:
+        from flows.promoting import promote_model
+
+        return _apply(client, promote_model, name, {}, str(promote_model.description), schedule)
+    from flows.pipeline import pipeline
+
+    parameters = {} if name == ANY else {"recipe": name}
+    return _apply(client, pipeline, name, parameters, description_of(name), schedule)
+
+
+def _watch(recipe: str) -> tuple[Any, str, dict[str, Any], str]:
+    """The deployment that watches the data of a recipe: flow, name, parameters, description.
+
+    Raises:
+        InputError: it is not valid.
+    """
+    from flows.submitting import order
+    from flows.watching import watch
+
+    given = order(recipe, []).parameters["recipe"]
+    about = f"Start a run of {recipe} when its data are others than those of its last run."
+    return watch, load_recipe(recipe).name, {"recipe": given}, about
+
+
+def _apply(
+    client: Any, flow: Any, name: str, parameters: dict[str, Any], about: str, schedule: Any, usual: Any = None
+) -> dict[str, Any]:
+    """Write one deployment.
+
+    Args:
+        client: of the server.
+        flow, name, parameters, about: of the deployment.
+        schedule: in place of those it has.
+        usual: when there is none, neither here nor there.
+    """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import EntrypointType, RunnerDeployment
     from prefect.exceptions import ObjectNotFound
     from prefect.schedules import Schedule
 
-    from flows.pipeline import pipeline
-
     try:
-        before = client.read_deployment_by_name(f"{ANY}/{name}").schedules
+        before = client.read_deployment_by_name(f"{flow.name}/{name}").schedules
     except ObjectNotFound:
         before = []
     kept = [
         DeploymentScheduleCreate(schedule=each.schedule, active=each.active, parameters=each.parameters, slug=each.slug)
         for each in before
     ]
-    wanted = [Schedule(cron=schedule.cron, timezone=schedule.timezone)] if schedule else kept
+    chosen = schedule or (None if kept else usual)
+    wanted = [Schedule(cron=chosen.cron, timezone=chosen.timezone)] if chosen else kept
     deployment = RunnerDeployment.from_flow(
-        pipeline,
+        flow,
         name,
         schedules=wanted,  # a deployment that is there loses those that are not given again
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
-        parameters={} if name == ANY else {"recipe": name},
-        description=description_of(name),
+        parameters=parameters,
+        description=about,
         tags=["llamatuner"],
         version=package_version("llamatuner"),
         work_pool_name=POOL,
+        job_variables={"env": {HEARTBEAT: str(heartbeat_seconds())}},  # what the automation for dead runs waits for
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
-    made = deployment.apply()
-    found = client.read_deployment(made)
+    if flow.name == ANY:
+        fields = deployment._parameter_openapi_schema.properties
+        fields.update(_form(name, fields))
+    found = client.read_deployment(deployment.apply())
     schedules = [_schedule_json(each) for each in found.schedules]
-    return {"name": f"{ANY}/{name}", "id": str(made), "schedules": schedules}
+    return {"name": f"{flow.name}/{name}", "id": str(found.id), "schedules": schedules}
+
+
+def _form(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields that make Prefect's run form that of the recipe: typed, and checked by the server before a run starts."""
+    settings = stage_form() if name == ANY else recipe_form(name)
+    form = {"settings": fields["settings"] | settings | {"title": "settings"}}
+    if name != ANY:  # the settings are those of one recipe
+        recipe = {key: value for key, value in fields["recipe"].items() if key != "anyOf"}
+        form["recipe"] = recipe | {"type": "string", "enum": [name], "default": name}
+    return form
 
 
 def _schedule_json(each: Any) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class MlflowTree:
         self._tags: dict[str, str] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._samples: dict[str, list[dict[str, Any]]] = {}
+        self.registered: list[str] = []
+        """Versions of models that this run made, as `name/version`."""
 
     def begin(self, record_id: str) -> None:
         """Open the pipeline run, named like its record or as it is nested, and one run per stage, with settings."""
@@ -144,8 +146,10 @@ class MlflowTree:
 
     def _model(self, step: Step, run_id: str | None, outcome: Outcome) -> None:
         name = f"{self._pipeline.recipe.name}-{step.stage}"
-        self._tracker.register(run_id, name, outcome.artifact, {"stage": step.stage})
+        registered = self._tracker.register(run_id, name, outcome.artifact, {"stage": step.stage})
         self._tracker.file(run_id, outcome.artifact.path / "manifest.json", "model")
+        if registered and outcome.state == "ran":
+            self.registered.append(registered)
 
     def _measured(self, step: Step, outcome: Outcome) -> dict[str, Any]:
         """A run for every measurement, below that of its stage, which has the numbers as well."""

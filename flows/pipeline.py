@@ -32,6 +32,7 @@ from flows.view import LogView
 from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
+from registry.recipe import Recipe
 from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted
 from tasks.steps import Step
@@ -95,8 +96,9 @@ def make_step(title: str) -> State[Any]:
 
 def _run_name() -> str:
     """The recipe's name."""
-    recipe = flow_run.get_parameters()["recipe"]
-    return str(recipe.get("name", "recipe")) if isinstance(recipe, dict) else Path(recipe).stem
+    given = flow_run.get_parameters()
+    recipe = given["recipe"] or given["settings"]
+    return str(recipe.get("name") or "recipe") if isinstance(recipe, dict) else Path(recipe).stem
 
 
 @flow(
@@ -107,22 +109,25 @@ def _run_name() -> str:
     persist_result=False,
 )
 def pipeline(
-    recipe: str | dict[str, Any],
-    overrides: list[str] = [],  # noqa: B006 - never changed, and `or None` would be a second choice in Prefect's form
+    recipe: str | dict[str, Any] = "",
+    settings: dict[str, Any] = {},  # noqa: B006 - never changed, and `or None` would be a second choice in Prefect's form
+    overrides: list[str] = [],  # noqa: B006
     data_only: bool = False,
 ) -> State[Any]:
     """Do what a recipe says and is not done yet.
 
     Args:
         recipe: Name of a shipped recipe, path of a recipe's file on the machine that runs it, or the recipe itself.
-        overrides: Settings in place of the recipe's, each as KEY=VALUE: stages.sft.learning_rate=1e-4
+        settings: Settings in place of the recipe's, in its own form; without a recipe they are one.
+        overrides: Settings in place of the recipe's, each as KEY=VALUE: stages.sft.learning_rate=1e-4; KEY= takes
+            one out of the recipe.
         data_only: Stop after the data steps: fetch, render, tokenize.
     """
     session = SESSION.get()
     if session is None:  # started by Prefect: a deployment or its UI
         logger = get_run_logger()
         try:
-            session = _open(recipe, overrides, data_only, logger.info)
+            session = _open(load_recipe(recipe or None, overrides, settings), data_only, logger.info)
         except InputError as error:
             logger.error(str(error))
             return Failed(message=f"{BAD_INPUT_MARK}{error}")
@@ -147,9 +152,9 @@ def pipeline(
     return Failed(message="\n".join([str(session.error_text()), *session.failures()]))
 
 
-def _open(recipe: str | dict[str, Any], overrides: list[str], data_only: bool, write: Any) -> Session:
+def _open(recipe: Recipe, data_only: bool, write: Any) -> Session:
     home = Home.open()
-    built = build(load_recipe(recipe, overrides), home)
+    built = build(recipe, home)
     built = built.data_only() if data_only else built
     lines = plan(built, _store(home))
     view = LogView(write, notes=False)  # the tasks log them

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from flows.services import answers, prefect_environment
+from flows.services import HEARTBEAT, HEARTBEAT_SECONDS, answers, prefect_environment
 from registry.home import Home
 from tasks.launch import python_path
 from tasks.locks import locked
@@ -40,6 +40,7 @@ def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Ite
     Raises:
         RuntimeError: our own, or that of `up`, did not become healthy; its log is named.
     """
+    os.environ.setdefault(HEARTBEAT, str(HEARTBEAT_SECONDS))
     if "PREFECT_API_URL" not in os.environ:
         os.environ |= prefect_environment(home) | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
     if os.environ.get("PREFECT_API_URL"):

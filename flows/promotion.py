@@ -185,6 +185,23 @@ def promote(side: Side, conditions: Sequence[Condition], home: Home) -> dict[str
     return record
 
 
+def decision_lines(record: dict[str, Any]) -> list[str]:
+    """What a gate came to: a line for each condition, and what was done."""
+    lines = []
+    for each in record["conditions"]:
+        number = each["reason"]
+        if each["value"] is not None:
+            number = f"{each['value']:.4g}, 95 % from {each['low']:.4g} to {each['high']:.4g}"
+        lines.append(f"{'met' if each['met'] else 'not met':<8} {each['condition']}: {number}")
+    name = f"{record['model']} version {record['version']}"
+    text = f"Failed gate: {name} was not promoted; nothing was moved"
+    if record["passed"]:
+        before = record["champion_before"]
+        instead = f", instead of version {before}" if before not in (None, record["version"]) else ""
+        text = f"{name} is the champion{instead}"
+    return [*lines, text]
+
+
 def roll_back(name: str, home: Home) -> dict[str, Any]:
     """Make the champion before the present one champion again.
 

@@ -27,6 +27,8 @@ HOST = "127.0.0.1"
 MARK = "LLAMATUNER_SERVER"  # variable that holds `Server.mark`
 BACKEND = "MLFLOW_BACKEND_STORE_URI"
 POLL_SECONDS = "2"  # how often the worker asks for runs; Prefect's 10 s are for servers with many workers
+HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+HEARTBEAT_SECONDS = 30  # between two signs of life of a run; the least that Prefect takes
 BUSY, BUSY_TRIES, BUSY_SECONDS = 503, 10, 0.5
 _open = build_opener(ProxyHandler({})).open  # loopback is never behind a proxy
 
@@ -137,6 +139,7 @@ def _worker_environment(home: Home, api: str | None) -> dict[str, str]:
     return prefect_environment(home) | {
         "PREFECT_API_URL": str(api),
         "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", POLL_SECONDS),
+        HEARTBEAT: os.environ.get(HEARTBEAT, str(HEARTBEAT_SECONDS)),
         "LLAMATUNER_HOME": str(home.path),
         "PYTHONPATH": python_path(),
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 from flows.graph import Pipeline, gated
 from flows.mlflow_tree import MlflowTree, Nested
+from flows.model_events import tell_decided, tell_registered
 from flows.run_records import RunRecord
 from flows.view import View
 from registry.errors import InputError
@@ -172,6 +173,8 @@ class Session:
         ending = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}
         ending["mlflow_run_id"] = self.tracker.root
         self._write(self.record.end, status=status, **ending)
+        for version in self.tree.registered:
+            tell_registered(version, self.record.values, self.home, self.view.say)
         if status == "completed":
             self._decide()
         return status
@@ -191,6 +194,8 @@ class Session:
             self._write(self.record.update, gate=self.gate)
         except Exception as error:  # noqa: BLE001 - the registry may be another machine's, and the run is done
             self.view.say(f"the gate was not decided: {error}")
+            return
+        tell_decided(self.gate, self.home, self.view.say)
 
     def _write(self, change: Callable[..., None], **fields: Any) -> None:
         """Write the run record; a full disk leaves it as it was, and the next run closes it."""

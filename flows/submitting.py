@@ -46,8 +46,14 @@ def order(recipe: str, overrides: Sequence[str]) -> Order:
     return Order(f"{ANY}/{name}", {"recipe": given, "overrides": list(overrides)})
 
 
-def start(client: Any, wanted: Order, home: Home) -> Any:
+def start(client: Any, wanted: Order, home: Home, tags: Sequence[str] = ()) -> Any:
     """Start the run; Prefect's flow run.
+
+    Args:
+        client: of the server that has the deployment.
+        wanted: what is to be done.
+        home: whose worker may do it.
+        tags: of the run, beside those of the deployment.
 
     Raises:
         InputError: the deployment is not there, or nobody would do it.
@@ -61,7 +67,7 @@ def start(client: Any, wanted: Order, home: Home) -> Any:
         cure = f"Register it with `llamatuner deploy {name}`."
         raise InputError(Problem(wanted.deployment, "this Prefect server has no such deployment", cure)) from error
     require_worker(client, home)
-    return client.create_flow_run_from_deployment(deployment.id, parameters=wanted.parameters)
+    return client.create_flow_run_from_deployment(deployment.id, parameters=wanted.parameters, tags=tags)
 
 
 def follow(client: Any, flow_run_id: Any, say: Callable[[str], None]) -> Any:

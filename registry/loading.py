@@ -12,6 +12,7 @@ from registry.recipe import Recipe, build_recipe
 from registry.recipes import RECIPES
 
 SUFFIXES = (".yaml", ".yml", ".json")
+REMOVED = object()  # in place of a value: the setting is taken out
 
 
 def find_recipe(name: str) -> Path:
@@ -34,21 +35,26 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def load_recipe(recipe: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    recipe: str | Mapping[str, Any] | None, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read, override, validate.
 
     Args:
-        recipe: path, registry name, or the mapping itself.
-        overrides: `a.b=c` each, typed as in the file.
+        recipe: path, registry name, or the mapping itself; None: `settings` are one.
+        overrides: `a.b=c` each, typed as in the file; `a.b=` takes a setting out.
+        settings: laid over the recipe before, see `overlay`.
 
     Raises:
         InputError: everything that is wrong, at once.
     """
-    return build_recipe(*read_recipe(recipe, overrides))
+    return build_recipe(*read_recipe(recipe, overrides, settings))
 
 
-def read_recipe(recipe: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Any, Path, str]:
-    """What a recipe says, overrides applied, not validated; the folder that its relative paths start at, and its title.
+def read_recipe(
+    recipe: str | Mapping[str, Any] | None, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+) -> tuple[Any, Path, str]:
+    """What a recipe says, as `load_recipe` takes it, not validated; the folder that its paths start at, and its title.
 
     Raises:
         InputError: there is no such file, it cannot be read, or an override does not fit.
@@ -58,8 +64,45 @@ def read_recipe(recipe: str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         folder, title = path.parent, path.name
         raw = read_yaml(read_text(path), str(path))
     else:
-        folder, title, raw = Path.cwd(), str(recipe.get("name", "recipe")), dict(recipe)
-    return override(raw, overrides), folder, title
+        raw = dict(recipe or {})
+        folder, title = Path.cwd(), str(raw.get("name", "recipe"))
+    return override(overlay(raw, settings or {}), overrides), folder, title
+
+
+def overlay(raw: Any, settings: Mapping[str, Any]) -> Any:
+    """A recipe with settings in its own form in place of those it has; what is empty there stays as it is.
+
+    >>> overlay({"name": "x", "stages": {"sft": {"seed": 1}}}, {"name": "", "stages": {"sft": {"max_steps": 2}}})
+    {'name': 'x', 'stages': {'sft': {'seed': 1, 'max_steps': 2}}}
+
+    Raises:
+        InputError: a setting above the stages that every stage has its own of, so that nothing would come of it.
+    """
+    stages = raw.get("stages") if isinstance(raw, dict) else None
+    own = [stage for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+    rule, cure = "every stage of the recipe has its own", "Write it as stages.STAGE.{}."
+    hidden = [
+        Problem(key, rule, cure.format(key))
+        for key, value in settings.items()
+        if own and not _empty(value) and value != raw.get(key) and all(key in stage for stage in own)
+    ]
+    if hidden:
+        raise InputError(hidden)
+    return _laid(raw, settings)
+
+
+def _laid(raw: Any, settings: Mapping[str, Any]) -> Any:
+    laid = dict(raw) if isinstance(raw, dict) else {}
+    for key, value in settings.items():
+        value = _laid(laid.get(key), value) if isinstance(value, Mapping) else value
+        if not _empty(value):
+            laid[key] = value
+    return laid
+
+
+def _empty(value: Any) -> bool:
+    """Whether a field of a form was left empty."""
+    return value is None or value in ("", [], {})
 
 
 def override(raw: Any, overrides: Sequence[str]) -> Any:
@@ -67,6 +110,8 @@ def override(raw: Any, overrides: Sequence[str]) -> Any:
 
     >>> override({"stages": {"sft": {"seed": 1}}}, ["stages.sft.seed=2", "name=x"])
     {'stages': {'sft': {'seed': 2}}, 'name': 'x'}
+    >>> override({"seed": 1, "name": "x"}, ["seed="])
+    {'name': 'x'}
 
     Raises:
         InputError: an override is not `a.b=c`, or leads through something that is not a mapping.
@@ -78,7 +123,8 @@ def override(raw: Any, overrides: Sequence[str]) -> Any:
             problems.append(Problem(f"--set {text}", "an override is key=value, e.g. stages.sft.learning_rate=1e-4"))
             continue
         try:
-            raw = put(raw, key.strip(), read_yaml(value, f"--set {text}"), f"--set {text}")
+            given = read_yaml(value, f"--set {text}") if value.strip() else REMOVED
+            raw = put(raw, key.strip(), given, f"--set {text}")
         except InputError as error:
             problems += error.problems
     if problems:
@@ -112,7 +158,7 @@ def _put(raw: Any, keys: list[str], value: Any) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise KeyError("the recipe" if not isinstance(raw, str) else raw)
     if len(keys) == 1:
-        return raw | {keys[0]: value}
+        return raw | {keys[0]: value} if value is not REMOVED else {k: v for k, v in raw.items() if k != keys[0]}
     inner = raw.get(keys[0], {})
     if not isinstance(inner, dict):
         raise KeyError(keys[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from flows.cli.output import BAD_INPUT, DONE, FAILED, INTERRUPTED, people, print_json, say_error
@@ -11,39 +12,54 @@ from registry.errors import InputError, Problem
 from registry.home import Home
 
 
-def deploy_recipes(names: list[str], everything: bool, cron: str | None, timezone: str | None, as_json: bool) -> int:
-    """Register deployments; the exit code.
+@dataclass(frozen=True)
+class Wish:
+    """What is to be deployed."""
 
-    Args:
-        names: of deployments.
-        everything: all there are.
-        cron: the schedule of the one that is named.
-        timezone: of the schedule.
-        as_json: print one object for programs.
-    """
+    names: list[str]
+    """Of deployments; with `watched` recipes, by name or path."""
+    everything: bool
+    """All there are."""
+    cron: str | None
+    """The schedule of the one that is named."""
+    timezone: str | None
+    """Of the schedule."""
+    watched: bool
+    """Start runs when data change; the schedule is when to look."""
+    notify: str | None
+    """Block that is told."""
+
+
+def deploy_recipes(wish: Wish, as_json: bool) -> int:
+    """Register deployments; the exit code."""
     console, home = people(as_json), Home.default()
-    _require_choice(names, everything, cron, timezone)
+    _require_choice(wish)
     with shared_api(home) as api:
-        schedule = schedule_of(cron, timezone) if cron else None
-        made = register(known_names() if everything else names, schedule)
+        schedule = schedule_of(wish.cron, wish.timezone) if wish.cron else None
+        made = register(known_names() if wish.everything else wish.names, schedule, wish.watched, wish.notify)
     for each in made:
         console.print(f"{each['name']:<24} {_schedules(each)}".rstrip(), markup=False, soft_wrap=True)
+    if wish.notify:
+        console.print(f"{wish.notify} is told of runs that fail, gates and promotions", markup=False, soft_wrap=True)
     console.print(f"Prefect pages: {api.removesuffix('/api')}/deployments", markup=False, soft_wrap=True)
     if as_json:
         print_json({"status": "deployed", "deployments": made})
     return DONE
 
 
-def _require_choice(names: list[str], everything: bool, cron: str | None, timezone: str | None) -> None:
-    require_names(names)
+def _require_choice(wish: Wish) -> None:
+    if not wish.watched:  # else they are recipes, and found as such
+        require_names(wish.names)
     problems = []
-    if bool(names) == everything:
+    if bool(wish.names) == wish.everything:
         cure = f"One or more of {', '.join(known_names())}; or --all."
         problems.append(Problem("NAME", "give names, or --all, and not both", cure))
-    if cron is not None and (everything or len(names) > 1):
+    if wish.cron is not None and (wish.everything or len(wish.names) > 1):
         problems.append(Problem("--cron", "is the schedule of one deployment", "Give one NAME."))
-    if timezone is not None and cron is None:
+    if wish.timezone is not None and wish.cron is None:
         problems.append(Problem("--timezone", "belongs to --cron", "Give both."))
+    if wish.watched and wish.everything:
+        problems.append(Problem("--on-data-change", "is for recipes that are named", "Give one NAME or more."))
     if problems:
         raise InputError(problems)
 

@@ -7,6 +7,7 @@ from rich.text import Text
 from flows.cli.output import DONE, FAILED, people, print_json
 from flows.cli.report import gate_lines
 from flows.comparison import find_side
+from flows.model_events import tell_decided
 from flows.promotion import promote, roll_back
 from registry.errors import InputError, Problem
 from registry.gates import CURE, condition
@@ -38,6 +39,7 @@ def promote_run(asked: str, gate: list[str], as_json: bool) -> int:
     record = promote(find_side(asked, home), conditions, home)
     for line in gate_lines(record):
         console.print(line)
+    tell_decided(record, home, lambda text: console.print(text, style="yellow", markup=False))
     if as_json:
         print_json(record)
     return DONE if record["passed"] else FAILED

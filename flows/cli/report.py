@@ -13,6 +13,7 @@ from rich.text import Text
 from flows.cli.rewards import print_rewards
 from flows.graph import Pipeline
 from flows.measuring import Measured
+from flows.promotion import decision_lines
 from flows.session import results_of
 from flows.view import duration
 from registry.home import Home
@@ -149,20 +150,7 @@ def print_pages(console: Console, home: Home) -> None:
 
 def gate_lines(record: dict[str, Any]) -> list[Text]:
     """What a gate came to, for people: a line for each condition, and what was done."""
-    lines = []
-    for each in record["conditions"]:
-        mark, style = ("met", "green") if each["met"] else ("not met", "red")
-        lines.append(Text(f"{mark:<8} {each['condition']}: {_numbers(each)}", style=style))
-    name = f"{record['model']} version {record['version']}"
-    text = f"Failed gate: {name} was not promoted; nothing was moved"
-    if record["passed"]:
-        before = record["champion_before"]
-        instead = f", instead of version {before}" if before not in (None, record["version"]) else ""
-        text = f"{name} is the champion{instead}"
-    return [*lines, Text(text, style="bold")]
-
-
-def _numbers(each: dict[str, Any]) -> str:
-    if each["value"] is None:
-        return str(each["reason"])
-    return f"{each['value']:.4g}, 95 % from {each['low']:.4g} to {each['high']:.4g}"
+    *conditions, done = decision_lines(record)
+    styles = ["green" if each["met"] else "red" for each in record["conditions"]]
+    lines = [Text(line, style=style) for line, style in zip(conditions, styles, strict=True)]
+    return [*lines, Text(done, style="bold")]

@@ -54,17 +54,27 @@ def logs(
 @server_app.command()
 def deploy(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME…", help="Shipped recipes, or `pipeline`: any recipe.")
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME…", help="Shipped recipes; `pipeline`: any recipe; `promote`: approval by a person."
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     cron: Annotated[str | None, typer.Option(help="Start runs by this schedule: '0 3 * * *'. One NAME only.")] = None,
     timezone: Annotated[str | None, typer.Option(help="Of the schedule, such as Europe/Berlin; UTC else.")] = None,
+    on_data_change: Annotated[
+        bool, typer.Option("--on-data-change", help="Start runs when data change: a look each hour, or by --cron.")
+    ] = False,
+    notify: Annotated[
+        str | None, typer.Option(metavar="TYPE/NAME", help="Prefect block told of failures, gates and promotions.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make recipes known to Prefect's server, where a person, a schedule or `submit` starts them."""
-    from flows.cli.deploying import deploy_recipes
+    from flows.cli.deploying import Wish, deploy_recipes
 
-    raise typer.Exit(deploy_recipes(names or [], everything, cron, timezone, json))
+    wish = Wish(names or [], everything, cron, timezone, on_data_change, notify)
+    raise typer.Exit(deploy_recipes(wish, json))
 
 
 @server_app.command()

@@ -6,10 +6,11 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from flows.cli.output import DONE, FAILED, people, print_json, say_error
 from flows.servers import NotHealthy, bring_down, bring_up, last_lines, live_runs, log_file
-from flows.services import SERVICES, ask, page
+from flows.services import BUSY, SERVICES, ask, page
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from tasks.servers import PREFECT, Server, read_servers
@@ -74,14 +75,17 @@ def show_status(as_json: bool) -> int:
             where = f"process {server.pid if server else ''} has died; `llamatuner up` starts it again"
         console.print(f"{name:<8} {state:<14} {where}".rstrip(), markup=False, soft_wrap=True)
     healthy = [name for name, line in lines.items() if line["state"] == "healthy"]
-    running = _flow_runs(str(api)) if PREFECT in healthy else []
+    running, trouble = _flow_runs(str(api)) if PREFECT in healthy else ([], None)
+    if trouble:
+        say_error(trouble)
     for run in running:
         console.print(f"running  {run['name']:<14} flow run {run['id']}, since {run['since']}", markup=False)
     runs = [{key: record.values[key] for key in ("id", "recipe", "started", "pid")} for record in live_runs(home)]
     status = UP if len(healthy) == len(lines) else DOWN if all(x["state"] == "down" for x in lines.values()) else PARTLY
     if as_json:
-        print_json({"status": status, "servers": lines, "flow_runs": running, "runs": runs})
-    return DONE if status == UP else FAILED
+        answer = {"status": status, "servers": lines, "flow_runs": running, "runs": runs}
+        print_json(answer | ({"error": trouble} if trouble else {}))
+    return DONE if status == UP and not trouble else FAILED
 
 
 def _server_json(home: Home, name: str, server: Server) -> dict[str, Any]:
@@ -98,14 +102,19 @@ def _since(server: Server) -> str:
     return datetime.fromtimestamp(server.started, UTC).isoformat(timespec="seconds")
 
 
-def _flow_runs(api: str) -> list[dict[str, str]]:
-    """What Prefect calls running, of this home and of others that use the server."""
+def _flow_runs(api: str) -> tuple[list[dict[str, str]], str | None]:
+    """What Prefect calls running, of this home and of others that use the server; and why that is not known, if so."""
     states = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "CANCELLING", "PENDING"]}}}}
-    found = ask(f"{api}/flow_runs/filter", states | {"sort": "EXPECTED_START_TIME_DESC"})
+    try:
+        found = ask(f"{api}/flow_runs/filter", states | {"sort": "EXPECTED_START_TIME_DESC"})
+    except OSError as error:
+        busy = isinstance(error, HTTPError) and error.code == BUSY
+        why = "its database is locked by others" if busy else str(error)
+        return [], f"Prefect's server does not say what runs: {why}. Try again in a moment."
     return [
         {"id": run["id"], "name": run["name"], "state": run["state_name"], "since": run["start_time"] or "not yet"}
         for run in found
-    ]
+    ], None
 
 
 def show_logs(name: str | None, follow: bool, count: int) -> int:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -16,14 +25,17 @@ from flows.cli.app import run_app
 from flows.services import ask
 from registry.home import Home
 from registry.recipes import RECIPES
+from registry.run_form import recipe_form
 from tasks.servers import read_servers
 from tests.flows.processes import checkpoint, mlflow_states, record_states, require_nothing_open, wait_until
 from tests.flows.test_servers import free_port, told
-from tests.flows.toy import LONGEST, run, start, toy_recipe
+from tests.flows.toy import LONGEST, PROJECT, run, start, toy_recipe, write_rows
+from tests.small_hub import serving
 
 pytestmark = pytest.mark.slow
 Capture = pytest.CaptureFixture[str]
 STEPS = 60
+JSON = {"Content-Type": "application/json"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
@@ -54,7 +66,7 @@ def api(here: Path) -> str:
 
 def test_each_recipe_is_a_deployment_that_any_worker_with_the_package_can_run(here: Path, api: str) -> None:
     made = {each["name"]: each["id"] for each in json.loads((here / "deployed.json").read_text())}
-    assert list(made) == [*(f"pipeline/{name}" for name in RECIPES), "pipeline/pipeline"]
+    assert list(made) == [*(f"pipeline/{name}" for name in RECIPES), "pipeline/pipeline", "promote/promote"]
     demo = ask(f"{api}/deployments/{made['pipeline/demo']}")
     assert demo["entrypoint"] == "flows.pipeline.pipeline"
     assert demo["path"] is None
@@ -66,9 +78,29 @@ def test_each_recipe_is_a_deployment_that_any_worker_with_the_package_can_run(he
     assert demo["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     assert demo["description"].startswith("An assistant that knows what LLamaTuner is")
     fields = demo["parameter_openapi_schema"]["properties"]
-    assert list(fields) == ["recipe", "overrides", "data_only"]
+    assert list(fields) == ["recipe", "settings", "overrides", "data_only"]
     assert all(field["description"] for field in fields.values())
+    assert fields["recipe"]["enum"] == ["demo"]
+    assert fields["settings"]["properties"] == recipe_form("demo")["properties"]
     assert ask(f"{api}/deployments/{made['pipeline/pipeline']}")["parameters"] == {}
+
+
+@pytest.mark.parametrize(
+    ("deployment", "settings", "said"),
+    [
+        ("demo", {"stages": {"sft": {"learning_rate": "fast"}}}, "settings.stages.sft.learning_rate"),
+        ("demo", {"finetuning_type": "lorra"}, "'lorra' is not one of ['lora', 'freeze', 'full']"),
+        ("pipeline", {"max_step": 3}, "'max_step' was unexpected"),
+    ],
+)
+def test_what_the_form_cannot_mean_is_refused_before_a_run_starts(
+    api: str, deployment: str, settings: dict[str, Any], said: str
+) -> None:
+    known = ask(f"{api}/deployments/name/pipeline/{deployment}")["id"]
+    with pytest.raises(HTTPError) as refused:
+        ask(f"{api}/deployments/{known}/create_flow_run", {"parameters": {"settings": settings}})
+    assert refused.value.code == 409
+    assert said in json.loads(refused.value.read())["detail"]
 
 
 def test_to_deploy_again_changes_nothing_and_keeps_the_schedule(here: Path) -> None:
@@ -87,6 +119,7 @@ def test_to_deploy_again_changes_nothing_and_keeps_the_schedule(here: Path) -> N
         (["deploy", "mine.yaml"], "`llamatuner submit mine.yaml` runs any recipe through the deployment `pipeline`"),
         (["deploy", "--all", "--cron", "0 3 * * *"], "is the schedule of one deployment"),
         (["deploy", "demo", "--timezone", "UTC"], "belongs to --cron"),
+        (["deploy", "--all", "--on-data-change"], "is for recipes that are named"),
         (["submit", "dem"], "neither a file nor a known recipe"),
         (["submit", "demo", "--set", "stages.sft.learning_rate=fast"], "stages.sft.learning_rate"),
     ],
@@ -128,6 +161,123 @@ def test_a_run_that_was_started_on_a_page_with_bad_input_fails_with_our_words(he
     assert record_states(here) == []
 
 
+def started(api: str, deployment: str, **parameters: Any) -> str:
+    """Start a run as Prefect's page does; its id."""
+    known = ask(f"{api}/deployments/name/{deployment}")["id"]
+    return str(ask(f"{api}/deployments/{known}/create_flow_run", {"parameters": parameters})["id"])
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """What a webhook of a team chat is told."""
+
+    told: ClassVar[list[dict[str, str]]] = []
+
+    def do_POST(self) -> None:
+        self.told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on standard error."""
+
+
+def save_block(api: str, called: str, **data: Any) -> None:
+    """Save a custom webhook as people do on Prefect's page."""
+    kind = ask(f"{api}/block_types/slug/custom-webhook")["id"]
+    (schema,) = ask(f"{api}/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind]}}})
+    block = {"name": called, "data": data, "block_type_id": kind, "block_schema_id": schema["id"]}
+    ask(f"{api}/block_documents/", block)
+
+
+def automations(api: str) -> dict[str, dict[str, Any]]:
+    """The automations of the server by name."""
+    found = ask(f"{api}/automations/filter", {})
+    assert len({each["name"] for each in found}) == len(found)
+    return {each["name"]: each for each in found}
+
+
+def test_a_block_is_told_of_a_run_that_fails_and_a_missing_block_is_refused(here: Path, api: str) -> None:
+    (problem,) = run("deploy", "promote", "--notify", "slack-webhook/none", code=2)["problems"]
+    assert problem["rule"] == "this Prefect server has no block slack-webhook/none"
+    assert "`prefect block ls` shows those there are" in problem["cure"]
+    with serving(Receiver) as address:
+        template = {"subject": "{{subject}}", "text": "{{body}}", "key": "{{key}}"}
+        save_block(api, "team", name="team", url=address, json_data=template, secrets={"key": "hush"})
+        for _ in range(2):
+            run("deploy", "promote", "--notify", "custom-webhook/team")
+        made = automations(api)
+        assert {"llamatuner: runs that died", "llamatuner: measure new versions"} < made.keys()
+        assert "hush" not in json.dumps(made)
+        flow_run = started(api, "promote/promote", run="toy")
+        assert ended(api, flow_run)["type"] == "FAILED"
+        wait_for(lambda: bool(Receiver.told))
+    (told,) = Receiver.told
+    assert (told["subject"], told["key"]) == ("promote toy: Failed", "hush")
+    assert told["text"].startswith("Bad input: toy: ")
+    assert told["text"].endswith(f"/runs/flow-run/{flow_run}")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for something that Prefect's server does by itself."""
+    deadline = time.monotonic() + LONGEST / 2
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.2)
+
+
+def tell(api: str, event: str, resource: dict[str, str], related: list[dict[str, str]]) -> None:
+    """Tell the server of an event."""
+    told = {"event": event, "resource": resource, "related": related, "payload": {}, "id": str(uuid4())}
+    ask(f"{api}/events", [told | {"occurred": datetime.now(UTC).isoformat()}])
+
+
+def switch(api: str, automation: dict[str, Any], on: bool) -> None:
+    """Switch an automation on or off as people do on Prefect's page."""
+    body = json.dumps({"enabled": on}).encode()
+    urlopen(Request(f"{api}/automations/{automation['id']}", body, JSON, method="PATCH")).close()
+
+
+def test_a_new_version_is_measured_once_that_is_switched_on(here: Path, api: str) -> None:
+    measuring = automations(api)["llamatuner: measure new versions"]
+    assert not measuring["enabled"]
+    switch(api, measuring, True)
+    version = {"prefect.resource.id": "llamatuner.model.toy-sft.3", "prefect.resource.name": "toy-sft/3"}
+    tell(api, "llamatuner.model.registered", version, [])
+    deployment = ask(f"{api}/deployments/name/pipeline/pipeline")["id"]
+    wanted = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+
+    def asked() -> list[Any]:
+        runs = ask(f"{api}/flow_runs/filter", wanted)
+        return [each for each in runs if "evaluate" in str(each["parameters"])]
+
+    wait_for(lambda: bool(asked()))
+    assert asked()[0]["parameters"]["recipe"]["evaluate"] == "models:/toy-sft/3"
+    assert ended(api, asked()[0]["id"])["message"].startswith("Bad input: ")  # there is no such version
+    run("deploy", "pipeline")
+    assert automations(api)["llamatuner: measure new versions"]["enabled"]  # as people left it
+    switch(api, measuring, False)  # the tests below make versions too
+
+
+SHORT = """
+from prefect.client.orchestration import get_client
+from flows.automations import dead_runs, install
+with get_client(sync_client=True) as client:
+    install(client, [dead_runs(["pipeline"], 4)])
+"""
+
+
+def test_a_run_without_a_sign_of_life_is_marked_crashed(here: Path, api: str) -> None:
+    subprocess.run([sys.executable, "-c", SHORT], env=os.environ | {"PREFECT_API_URL": api}, cwd=PROJECT, check=True)
+    flow = ask(f"{api}/flows/name/pipeline")["id"]
+    flow_run = ask(f"{api}/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"]  # nobody runs it
+    about = {"prefect.resource.id": f"prefect.flow.{flow}", "prefect.resource.role": "flow"}
+    beat = {"prefect.resource.id": f"prefect.flow-run.{flow_run}"}
+    tell(api, "prefect.flow-run.heartbeat", beat, [about | {"prefect.resource.name": "pipeline"}])
+    state = ended(api, flow_run)
+    run("deploy", "promote")  # with the usual time again
+    assert (state["type"], state["message"].split(":")[0]) == ("CRASHED", "No sign of life for 12 seconds")
+
+
 def test_a_cancelled_run_keeps_its_checkpoints_and_the_next_one_goes_on(here: Path, tmp_path: Path, api: str) -> None:
     recipe = toy_recipe(tmp_path / "recipe", steps=STEPS)
     raw = json.loads(recipe.read_text())
@@ -164,6 +314,25 @@ def programs(home: Path) -> list[psutil.Process]:
     """Training programs of a home that run."""
     spec = str(home / "work")
     return [each for each in psutil.process_iter(["cmdline"]) if spec in " ".join(each.info["cmdline"] or [])]
+
+
+def test_a_run_is_started_when_data_change_and_says_why(here: Path, tmp_path: Path, api: str) -> None:
+    recipe = toy_recipe(tmp_path / "recipe", steps=1)
+    write_rows(recipe.parent / "train.jsonl", 24, "fresh")
+    raw = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({name: value for name, value in raw.items() if name != "evaluation"}))
+    made = run("deploy", str(recipe), "--on-data-change")["deployments"]
+    assert [(each["name"], each["schedules"]) for each in made] == [
+        ("pipeline/pipeline", []),
+        ("watch/toy", [{"active": True, "cron": "0 * * * *", "timezone": "UTC"}]),
+    ]
+    message = ended(api, started(api, "watch/toy", recipe=str(recipe)))["message"]
+    said = re.fullmatch(r"(sft/fetch: .*); started run ([0-9a-f-]{36})\.", message)
+    assert said, message
+    found = ask(f"{api}/flow_runs/{said[2]}")
+    assert found["parameters"] == {"recipe": str(recipe), "overrides": []}
+    assert f"data changed: {said[1]}" in found["tags"]
+    assert ended(api, said[2])["type"] == "COMPLETED"
 
 
 def test_down_stops_a_run_of_the_worker_and_closes_it(here: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from registry.home import Home
 from tasks.servers import Server, read_servers
 from tests.flows.processes import kill, mlflow_states, prefect_states, record_states, require_gone
 from tests.flows.toy import LONGEST, run, start, toy_recipe
+from tests.small_hub import serving
 
 pytestmark = pytest.mark.slow
 Capture = pytest.CaptureFixture[str]
@@ -178,6 +180,36 @@ def test_one_that_does_not_come_up_shows_the_end_of_its_log(
     assert error.startswith(f"Prefect ended before it answered. The end of {home}/logs/prefect.log:\n")
     assert "unable to open database file" in error
     assert not (home / "servers.json").exists()
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Prefect's server while others hold its database: healthy, and nothing else."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on standard error."""
+
+
+def test_a_server_whose_database_is_locked_is_said_in_one_line(
+    home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.services.BUSY_SECONDS", 0.0)
+    home.mkdir()
+    with serving(Busy) as address:
+        began = psutil.Process().create_time()
+        server = Server(os.getpid(), began, "0" * 32, int(address.rpartition(":")[2]), f"{address}/api")
+        (home / "servers.json").write_text(json.dumps({"prefect": vars(server)}))
+        assert run_app(["status"]) == 1
+    said = "error: Prefect's server does not say what runs: its database is locked by others. Try again in a moment.\n"
+    assert capfd.readouterr().err == said
 
 
 def test_a_process_id_that_somebody_else_has_by_now_is_left_alone(home: Path, capsys: Capture) -> None:
