@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def load_recipe(
     Raises:
         InputError: everything that is wrong, at once.
     """
-    return build_recipe(*read_recipe(recipe, overrides, settings))
+    built = build_recipe(*read_recipe(recipe, overrides, settings))
+    out = [f"{text.rstrip().rstrip('=')}: taken out of the recipe" for text in overrides if text.rstrip().endswith("=")]
+    return replace(built, notes=(*built.notes, *out))
 
 
 def read_recipe(

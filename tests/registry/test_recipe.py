@@ -211,3 +211,9 @@ def test_derived_values_are_filled_in_and_settings_without_effect_left_out() -> 
         ).global_batch_size()
         == 16
     )
+
+
+def test_an_override_with_nothing_behind_it_takes_a_setting_out_and_says_so() -> None:
+    recipe = load_recipe("demo", ["stages.sft.seed=7", "stages.sft.seed="])
+    assert recipe.notes == ("stages.sft.seed: taken out of the recipe",)
+    assert recipe.stages[0].train.seed == load_recipe("demo").stages[0].train.seed
