@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from registry.data_registry import find_dataset
 from registry.errors import InputError, Problem, did_you_mean
@@ -192,7 +191,7 @@ def _parameters(model: str) -> float | None:
     return None
 
 
-def next_steps(path: Path) -> Mapping[str, Any]:
+def next_steps(path: Path) -> Mapping[str, str]:
     """Commands that follow, and what they are for."""
     return {
         f"llamatuner plan {path}": "what would run, how many steps, what memory",

@@ -63,8 +63,10 @@ def _settled(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> bool:
     """Whether nothing is to be done: no step, no run that died to be closed, no gate that nobody has decided."""
     if any(line.state != "cached" for line in lines) or any(record.died() for record in records(home)):
         return False
+    if gated(pipeline) is None or not pipeline.recipe.evaluation.gate:
+        return True
     record = last_with_keys(home, [line.key for line in lines])
-    return gated(pipeline) is None or not pipeline.recipe.evaluation.gate or bool(record and record.values.get("gate"))
+    return bool(record and record.values.get("gate"))
 
 
 def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, told: Told | None) -> int:
