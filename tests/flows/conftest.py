@@ -48,4 +48,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with prefect_api(Home(home)) as url:
         os.environ.clear()
         os.environ.update(before)  # tests say themselves which server they use
-        yield Server(url, prefect_database(home))
+        # Prefect in this process keeps the settings it was imported with, which may have been before there was a server
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield Server(url, prefect_database(home))
