@@ -68,6 +68,43 @@ def _wait(place: Place, home: Path, command: subprocess.Popen[str]) -> None:
         time.sleep(POLL_SECONDS)
 
 
+@dataclass
+class Met:
+    """A run to which the fault has come."""
+
+    command: subprocess.Popen[str]
+    scene: Scene
+    programs: list[psutil.Process]
+    """What the flow had started by then."""
+    undo: Callable[[], None]
+
+
+def _meet(
+    ground: Ground,
+    place: Place,
+    home: Path,
+    word: str,
+    event: Callable[[Scene], Callable[[], None]],
+    flow: Callable[[subprocess.Popen[str]], int],
+) -> Met | None:
+    """Start a run with the command `word`, and let the event happen at the place; None if none of some runs met it.
+
+    Args:
+        flow: the process of the run that the command began.
+    """
+    for _ in range(ATTEMPTS):
+        lacking(home, place)
+        command = start(word, str(ground.recipe), "--json", LLAMATUNER_HOME=str(home))
+        try:
+            _wait(place, home, command)
+            scene = Scene(home, command, psutil.Process(flow(command)))
+            programs = scene.programs()
+            return Met(command, scene, programs, event(scene))
+        except (Missed, psutil.NoSuchProcess, IndexError):
+            command.communicate(timeout=LONGEST)
+    return None
+
+
 def alone(ground: Ground, place_name: str, event_name: str, home: Path) -> Cell:
     """A fault of a run that has no servers.
 
@@ -80,23 +117,13 @@ def alone(ground: Ground, place_name: str, event_name: str, home: Path) -> Cell:
     with _disk(home) if event is fill_disk else _folder(home):
         copy_home(ground.home, home)
         before = len(record_states(home))
-        for _ in range(ATTEMPTS):
-            lacking(home, place)
-            command = start("run", str(ground.recipe), "--json", LLAMATUNER_HOME=str(home))
-            try:
-                _wait(place, home, command)
-                scene = Scene(home, command, psutil.Process(command.pid))
-                undo = event(scene)
-            except (Missed, psutil.NoSuchProcess, IndexError):
-                command.communicate(timeout=LONGEST)
-                continue
-            break
-        else:
+        met = _meet(ground, place, home, "run", event, lambda command: command.pid)
+        if met is None:
             cell.faults.append("never met")
             return cell
-        _out(command, cell)
+        _out(met.command, cell)
         _no_orphans(lambda: processes(home), cell)
-        undo()
+        met.undo()
         _go_on(ground, home, cell, before, allowed)
     return cell
 
@@ -110,34 +137,22 @@ def served(ground: Ground, place_name: str, event_name: str, home: Path) -> Cell
         home: whose servers are up; they are started again where the fault ended them.
     """
     place, (event, allowed), cell = PLACES[place_name], SERVED[event_name], Cell(place_name, event_name)
-    environment = {"LLAMATUNER_HOME": str(home)}
     before = len(record_states(home))
-    for _ in range(ATTEMPTS):
-        lacking(home, place)
-        command = start("submit", str(ground.recipe), "--json", **environment)
-        try:
-            _wait(place, home, command)
-            scene = Scene(home, command, psutil.Process(_running(home)))
-            programs = scene.programs()
-            undo = event(scene)
-        except (Missed, psutil.NoSuchProcess):
-            command.communicate(timeout=LONGEST)
-            continue
-        break
-    else:
+    met = _meet(ground, place, home, "submit", event, lambda _: _running(home))
+    if met is None:
         cell.faults.append("never met")
         return cell
     try:
-        scene.flow.wait(LONGEST)
+        met.scene.flow.wait(LONGEST)
     except psutil.TimeoutExpired:
         cell.faults.append("the flow never ended")
-        kill([scene.flow])
-    _no_orphans(lambda: [each for each in programs if each.is_running()], cell)
-    undo()
-    if command.poll() is None and "Prefect" in event_name:
-        kill([psutil.Process(command.pid)])  # it follows a server that is gone
-    _out(command, cell)
-    run("up", **environment)
+        kill([met.scene.flow])
+    _no_orphans(lambda: [each for each in met.programs if each.is_running()], cell)
+    met.undo()
+    if met.command.poll() is None and "Prefect" in event_name:
+        kill([psutil.Process(met.command.pid)])  # it follows a server that is gone
+    _out(met.command, cell)
+    run("up", LLAMATUNER_HOME=str(home))
     if event_name == "SIGKILL Prefect":
         time.sleep(HEARD_SECONDS)  # before that, a run that has just ended may still be telling Prefect
     _go_on(ground, home, cell, before, allowed)
