@@ -48,8 +48,10 @@ class Background:
     ) -> None:
         self.module, self.say, self.environment = module, say, environment
         self.folder = Path(tempfile.mkdtemp(prefix="llamatuner-"))
-        places = {name: str(self.folder / name) for name in ("output", "scratch", "events", "failure")}
-        self.spec = Spec(settings=settings, runtime=runtime, inputs=inputs, **places)
+        output, scratch, events, failure = (
+            str(self.folder / name) for name in ("output", "scratch", "events", "failure")
+        )
+        self.spec = Spec(settings, runtime, inputs, output, scratch, events, failure)
         self.stop, self.moved = threading.Event(), threading.Event()
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._follow, name=module)

@@ -6,37 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.architecture import read_architecture
 from tasks.artifacts import Artifact
 from tasks.devices import cuda_devices
 from tasks.estimate import GIB
 from tasks.steps import LocalFolder, Step
-from tasks.training_estimate import Estimate, estimate_training
+from tasks.training_estimate import Estimate, estimate_step
 
 if TYPE_CHECKING:
     from flows.planning import PlannedStep
 
 
-def estimate_step(step: Step, made: Mapping[int, Artifact]) -> Estimate:
-    """The estimate of a training step.
+def estimate_planned(step: Step, made: Mapping[int, Artifact]) -> Estimate:
+    """The estimate of a training step of a plan.
 
     Args:
         step: the training step.
         made: id of a step → its artifact, of those that are done.
     """
-    shards, settings = step.inputs["shards"].source, step.identity["train"]
-    assert isinstance(shards, Step)
-    folder = _model_folder(step, made)
-    return estimate_training(
-        settings,
-        read_architecture(folder) if folder else None,
-        made[id(shards)].path if id(shards) in made else None,
-        step.identity["packing"],
-        shards.identity["cutoff_len"],
-        step.runtime["gradient_checkpointing"],
-        other_reference="reference" in step.inputs,
-        cuda=bool(cuda_devices()),
-    )
+    shards = step.inputs["shards"].source
+    return estimate_step(step, _model_folder(step, made), made[id(shards)].path if id(shards) in made else None)
 
 
 def _model_folder(step: Step, made: Mapping[int, Artifact]) -> Path | None:

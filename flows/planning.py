@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flows.estimates import estimate_step
+from flows.estimates import estimate_planned
 from flows.graph import Pipeline
 from tasks.artifacts import Artifact, Store, damage, read_artifact
 from tasks.digests import DigestMemory
@@ -64,7 +64,7 @@ def plan(pipeline: Pipeline, store: Store) -> list[PlannedStep]:
         lines.append(PlannedStep(step, ready.key, state, tuple(_why(step, ready, store, everything)), None))
     made = {id(line.step): line.artifact for line in lines if line.artifact}
     return [
-        replace(line, estimate=estimate_step(line.step, made))
+        replace(line, estimate=estimate_planned(line.step, made))
         if line.step.kind == "train" and line.artifact is None
         else line
         for line in lines

@@ -30,7 +30,7 @@ from tasks.program import classify
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
-CONCURRENT_STEPS = 4  # light steps side by side; heavy ones take turns (see Step.heavy)
+CONCURRENT_STEPS = 4  # light steps side by side; those that need a device wait for one (tasks.slots)
 TRAINING_RESULTS = ("train_loss", "steps", "trained_tokens", "rewards/accuracies", "rewards/margins", "score", "kl")
 
 
@@ -80,7 +80,7 @@ class Session:
             What the step raises; it is remembered first.
         """
         step = self.by_title[title]
-        with nullcontext() if step.heavy else self._light:
+        with nullcontext() if step.devices else self._light:
             check_stop(self.stop)
             return self._make(step, also)
 

@@ -354,6 +354,6 @@ def _run(
     """Launch `tasks.base_program`, which tells notes only."""
     folder = scratch / "program"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"events": str(folder / "events.jsonl"), "failure": str(folder / "failure.json")}
-    spec = Spec(settings, {}, inputs, str(output), str(scratch), **files)
+    events, failure = folder / "events.jsonl", folder / "failure.json"
+    spec = Spec(settings, {}, inputs, str(output), str(scratch), str(events), str(failure))
     run_program("tasks.base_program", spec, folder, lambda event: note(event["text"]), stop)

@@ -62,7 +62,7 @@ def benchmark_step(
             "metrics": metrics_of(benchmark),
         },
         packages=("lm_eval",),
-        heavy=True,
+        devices=1,
     )
 
 

@@ -93,7 +93,7 @@ def evaluate_step(
             "set_names": list(sets),
             "metrics": metrics + (PREFERENCE_METRICS if pairs else ()),
         },
-        heavy=True,
+        devices=1,
     )
 
 

@@ -69,7 +69,7 @@ def generate_step(
         run="tasks.generation:generate",
         runtime={"set_names": [set_name], "metrics": METRICS},
         packages=("rouge-score", "sacrebleu"),
-        heavy=True,
+        devices=1,
     )
 
 

@@ -23,6 +23,7 @@ import psutil
 from tasks.locks import check_stop
 from tasks.nodes import Nodes
 from tasks.program import LAUNCHER_PID, Spec, disk_full, disk_is_full, ended_by
+from tasks.slots import seen_devices
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL; below the 30 s after which Prefect kills the flow itself
@@ -92,7 +93,7 @@ def run_program(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(processes) | dict(environment or {}),
+            env=_environment(processes) | seen_devices(spec.devices) | dict(environment or {}),
             start_new_session=True,
         )
         tree = _Tree(child)

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class Spec:
     """JSON lines the program appends to; the task follows them."""
     failure: str
     """Where the cause of a failure is written, as `{"kind", "message"}`."""
+    devices: list[str] = field(default_factory=list)
+    """UUIDs of those it was given; empty: it computes on none, or nobody shares them out."""
 
     @classmethod
     def read(cls, path: str | Path) -> Spec:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
@@ -24,6 +25,7 @@ from tasks.digests import DigestMemory, content_digest
 from tasks.fingerprint import fingerprint
 from tasks.locks import check_stop, locked
 from tasks.program import Spec
+from tasks.slots import Wanted, devices_for
 from tasks.versions import package_versions, provenance
 
 RECORDED = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "jinja2", "pyarrow")
@@ -68,8 +70,10 @@ class Step:
     """Settings that do not change the result."""
     packages: tuple[str, ...] = ()
     """Packages whose version changes the bytes and therefore enters the key."""
-    heavy: bool = False
-    """It takes the machine for itself; one heavy step runs at a time."""
+    devices: int = 0
+    """Devices that it computes on, which are shared out (see `tasks.slots`); 0: it needs none."""
+    memory: str = ""
+    """`module:function` that says of a `Ready` step how many bytes of each device it takes; empty: all of them."""
     strict_versions: bool = False
     """Let the recorded package versions (torch, transformers …) enter the key as well."""
 
@@ -115,6 +119,8 @@ class Work:
     """The artifact was there and damaged; what it was made of may be damaged as well."""
     known: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Output files whose size and sha256 are known already."""
+    devices: tuple[str, ...] = ()
+    """UUIDs of those it was given."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -155,6 +161,7 @@ class Work:
             scratch=str(self.scratch),
             events=str(folder / "events.jsonl"),
             failure=str(folder / "failure.json"),
+            devices=list(self.devices),
         )
 
     @property
@@ -256,9 +263,9 @@ def do(
         if damaged:
             say(f"made again, because the artifact was damaged: {damaged}")
         work = _open_work(step, store, ready, stop, emit, bool(damaged))
-        with _slot(step, store.home, stop, say):
+        with _slot(step, ready, store.home, stop, say) as work.devices:
             started = time.monotonic()  # waiting for others is not this step's time
-            counts = _function(step)(work)
+            counts = _named(step.run)(work)
         artifact = _commit(step, store, ready, work, counts, time.monotonic() - started)
         remove_folder(work.folder)
     return Outcome("ran", artifact, time.monotonic() - started, (counts or {}).get("resumed_from"))
@@ -290,16 +297,20 @@ def _open_work(
     )
 
 
-def _slot(step: Step, home: Home, stop: threading.Event, say: Callable[[str], None]) -> Any:
-    from contextlib import nullcontext
+def _slot(
+    step: Step, ready: Ready, home: Home, stop: threading.Event, say: Callable[[str], None]
+) -> AbstractContextManager[tuple[str, ...]]:
+    """The devices a step was given, for as long as it computes."""
+    if not step.devices:
+        return nullcontext(())
+    memory = _named(step.memory)(step, ready) if step.memory else None
+    return devices_for(home.locks / "devices", Wanted(step.title, step.devices, memory), stop, say)
 
-    return locked(home.locks / "compute-0.lock", stop, say) if step.heavy else nullcontext()
 
-
-def _function(step: Step) -> Callable[[Work], dict[str, Any] | None]:
-    module, name = step.run.split(":")
-    function: Callable[[Work], dict[str, Any] | None] = getattr(import_module(module), name)
-    return function
+def _named(function: str) -> Callable[..., Any]:
+    module, name = function.split(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
 
 
 def _commit(

@@ -77,7 +77,6 @@ def train_step(
         reading: how a `reward_model` with another tokenizer reads conversations; what is not in it is as in
             `DEFAULT_READING`.
     """
-    nodes = nodes_of_environment()
     inputs = {"base": Input(base.source, BASE_FILES), "shards": Input(shards, SHARD_FILES)}
     sets = held_out or {}
     inputs |= {f"held_out.{number}": Input(step, SHARD_FILES) for number, step in enumerate(sets.values())}
@@ -92,7 +91,7 @@ def train_step(
         version=TRAIN_VERSION,
         label=label,
         identity={
-            "train": _identity(settings) | ({"nnodes": nodes.count} if nodes.count > 1 else {}),
+            "train": _identity(settings),
             "packing": shards.identity["packing"],
             "template": settings.template,
         }
@@ -105,7 +104,8 @@ def train_step(
         runtime=settings.runtime.model_dump(include=TRAINING_RUNTIME)
         | {"base_name": base_name, "sets": list(sets)}
         | ({"reward_files": {name: str(file) for name, file in code.items()}} if code else {}),
-        heavy=True,
+        devices=settings.train.nproc_per_node or 1,
+        memory="tasks.training_estimate:device_memory",
     )
 
 
@@ -122,10 +122,10 @@ def rows_of_prompts(shards: Step) -> Input:
 
 def _identity(settings: StageSettings) -> dict[str, Any]:
     """The settings of the training; what is known of new tokens is in the embeddings, which LoRA leaves alone."""
-    found = settings.train.identity()
+    found, nodes = settings.train.identity(), nodes_of_environment()
     if found.get("additional_target") == [] and (settings.model.add_tokens or settings.model.add_special_tokens):
         found["additional_target"] = [EMBEDDINGS]
-    return found
+    return found | ({"nnodes": nodes.count} if nodes.count > 1 else {})
 
 
 def train(work: Work) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def merge_step(stage: str, label: str, base: Input, adapter: Input, name: str = 
         identity={},
         inputs={"base": Input(base.source, BASE_FILES), "adapter": adapter},
         run="tasks.training:merge",
-        heavy=True,
+        devices=1,
     )
 
 

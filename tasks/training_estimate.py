@@ -15,10 +15,12 @@ from typing import Any
 import numpy
 
 from registry.combinations import ONLINE
-from tasks.architecture import Architecture
+from tasks.architecture import Architecture, read_architecture
 from tasks.batch_plan import BatchPlan
+from tasks.devices import cuda_devices
 from tasks.estimate import GIB, LargestBatch, Memory, estimate_memory
 from tasks.sequences import IGNORED, TokenizedSequences
+from tasks.steps import Ready, Step
 
 MEMORY_FILE = "report/memory.json"  # of a train artifact: what was estimated and what was measured
 MEASURED = (
@@ -119,6 +121,34 @@ def estimate_training(
     if model and not drawing:
         memory = estimate_memory(model, dict(settings), batch, accumulation, checkpointing, other_reference, cuda)
     return Estimate(sequences, tokens, steps, memory, shards is None, processes, drawing)
+
+
+def estimate_step(step: Step, base: Path | None, shards: Path | None) -> Estimate:
+    """The estimate of a training step on this machine.
+
+    Args:
+        step: the training step.
+        base: folder of a model with the shapes of its base; None: not here yet.
+        shards: the tokenize artifact; None: not made yet.
+    """
+    source = step.inputs["shards"].source
+    assert isinstance(source, Step)
+    return estimate_training(
+        step.identity["train"],
+        read_architecture(base) if base else None,
+        shards,
+        step.identity["packing"],
+        source.identity["cutoff_len"],
+        step.runtime["gradient_checkpointing"],
+        other_reference="reference" in step.inputs,
+        cuda=bool(cuda_devices()),
+    )
+
+
+def device_memory(step: Step, ready: Ready) -> float | None:
+    """Bytes of each CUDA device that a training takes; None: not known, or it trains on the processors."""
+    memory = estimate_step(step, ready.paths["base"], ready.paths["shards"]).memory if cuda_devices() else None
+    return memory.total if memory else None
 
 
 def largest_batch(data: TokenizedSequences, texts: int, per_device: int, packing: bool) -> LargestBatch:

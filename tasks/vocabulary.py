@@ -36,7 +36,7 @@ def add_tokens_step(stage: str, label: str, base: Input, tokens: Sequence[str], 
         identity={"add_tokens": list(tokens), "add_special_tokens": list(special)},
         inputs={"base": Input(base.source, BASE_FILES)},
         run="tasks.vocabulary:add_tokens",
-        heavy=True,
+        devices=1,
     )
 
 

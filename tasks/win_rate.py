@@ -86,7 +86,7 @@ def win_rate_step(
             "metrics": (SCORE, *(rate for other, rate in WIN_RATES.items() if other != BASE or base is not None)),
         },
         packages=("jinja2", "tokenizers"),
-        heavy=True,
+        devices=1,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tasks.locks import locked
+from tasks.slots import Wanted, devices_for
 from tests.flows.conftest import Server
 from tests.flows.processes import (
     adapter,
@@ -151,11 +151,11 @@ def test_a_signal_during_start_up_ends_it_at_once(two: dict[str, Any], home: Pat
 @pytest.mark.usefixtures("served")
 def test_a_run_that_waits_for_a_lock_can_be_stopped(two: dict[str, Any], home: Path) -> None:
     copy_home(two["home"], home, *TRAINED_AND_MERGED)
-    with locked(home / "locks" / "compute-0.lock"):
+    with devices_for(home / "locks" / "devices", Wanted("other/train"), None, print):
         process = start("run", two["recipe"], "--json")
         assert process.stderr
         for line in process.stderr:
-            if f"waiting for process {os.getpid()}" in line:
+            if f"waiting for the processors: other/train of process {os.getpid()}" in line:
                 break
         family = tree(process)
         process.send_signal(signal.SIGTERM)

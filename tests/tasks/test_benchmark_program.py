@@ -303,7 +303,7 @@ def test_the_key_holds_what_changes_a_number_and_nothing_else(
     (moved / "ARC-Easy_test.json").write_text('[{"instruction": "x", "answer": "answer1"}]')
     assert key(step("arc_easy", moved, folder, settings), home) != first
     made = step("arc_easy", data, folder, settings)
-    assert (made.kind, made.heavy, made.packages) == ("benchmark", True, ("lm_eval",))
+    assert (made.kind, made.devices, made.packages) == ("benchmark", 1, ("lm_eval",))
     assert made.runtime == {
         "per_device_eval_batch_size": 8,
         "set_names": ["arc_easy"],

@@ -207,7 +207,7 @@ def test_what_has_no_effect_is_in_no_key(folder: Path, prompts: Step) -> None:
     idle: dict[str, Any] = {"temperature": 0.5, "top_p": 0.5, "top_k": 5, "seed": 1, "length_penalty": 2.0}
     others: dict[str, Any] = {"questions": ("who?",), "perplexity": ("x.jsonl",), "gate": ("perplexity.x < 3",)}
     assert step_of(folder, prompts, "renamed", **idle, **others).identity == plain.identity
-    assert (plain.kind, plain.heavy, plain.runtime["set_names"]) == ("generate", True, ["held_out"])
+    assert (plain.kind, plain.devices, plain.runtime["set_names"]) == ("generate", 1, ["held_out"])
 
 
 @pytest.mark.parametrize("name", sorted(GenerationSettings.model_fields))

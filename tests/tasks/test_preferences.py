@@ -159,7 +159,7 @@ def test_implicit_rewards_are_right_as_often_as_training_logs_for_every_beta(
     model = Input(LocalFolder(folders[0]))
     step = implicit_reward_step("dpo", "implicit_reward", "tiny", model, after, before, [*sets])
     assert step is not None
-    assert (step.identity, step.heavy, step.runtime["set_names"]) == ({"sets": [1]}, False, ["pairs"])
+    assert (step.identity, step.devices, step.runtime["set_names"]) == ({"sets": [1]}, 0, ["pairs"])
     output = tmp_path / "implicit"
     output.mkdir()
     counts = implicit_reward(

@@ -75,7 +75,7 @@ def test_settings_step_version_and_packages_change_the_key_and_runtime_does_not(
 
     same = step()
     assert key(step(runtime={"logging_steps": 5})) == key(same)
-    assert key(step(heavy=True)) == key(same)
+    assert key(step(devices=1)) == key(same)
     assert key(step(text="b")) != key(same)
     assert key(step(packages=("jinja2",))) != key(same)
     assert key(step(strict_versions=True)) != key(same)

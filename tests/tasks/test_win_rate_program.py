@@ -266,7 +266,7 @@ def step(policy: Path, judge: Path, prompts: Step, reading: dict[str, Any] | Non
 def test_how_the_reward_model_reads_is_in_the_key_and_names_are_not(policy: Path, judge: Path, tmp_path: Path) -> None:
     prompts = data_steps(policy, write(tmp_path / "rows.jsonl", ROWS[0]))
     plain = step(policy, judge, prompts)
-    assert (plain.kind, plain.heavy, plain.identity) == ("win_rate", True, READING)
+    assert (plain.kind, plain.devices, plain.identity) == ("win_rate", 1, READING)
     assert step(policy, judge, prompts, name="renamed").identity == plain.identity
     changes: dict[str, Any] = {"template": "{{ x }}", "default_system": "S", "enable_thinking": False}
     for name, value in (changes | {"control_tokens": "keep", "bf16": True}).items():
