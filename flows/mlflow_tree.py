@@ -65,13 +65,14 @@ class MlflowTree:
         for name, stage in self._pipeline.stages.items():
             run_id = self._tracker.open(name, self._tracker.run_id, self._tags)
             self.stage_runs[name] = run_id
-            params = self._params(stage)
+            params = self.settings(stage)
             self._tracker.params(run_id, params)
             # on the run of the whole as well: there MLflow's own page compares two runs
             self._tracker.params(self._tracker.run_id, {f"{name}/{key}": value for key, value in params.items()})
 
     @staticmethod
-    def _params(stage: StageSteps) -> dict[str, Any]:
+    def settings(stage: StageSteps) -> dict[str, Any]:
+        """What people compare of a stage: model, data and training."""
         settings = stage.settings
         data = settings.data.model_dump(include={"cutoff_len", "packing", "template", "overlong", "mask_history"})
         return settings.train.identity() | data | settings.model.model_dump(exclude_none=True)

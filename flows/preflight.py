@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from flows.boards import wandb_may_send
 from flows.estimates import memory_notes
 from flows.graph import Pipeline
 from flows.planning import PlannedStep
@@ -69,6 +70,7 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         if stage.settings.train.fsdp and nodes_of_environment().count > 1:
             rule = "fsdp on several machines is not there yet: their checkpoints would not be whole"
             problems.append(Problem(f"stages.{name}.fsdp", rule, "Use deepspeed, or one machine."))
+        problems += _board_problems(f"stages.{name}.report_to", stage.settings.runtime.report_to)
         if stage.settings.train.deepspeed and find_spec("deepspeed") is None:
             cure = "pip install deepspeed"
             problems.append(Problem(f"stages.{name}.deepspeed", "the package deepspeed is not installed", cure))
@@ -77,6 +79,15 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
     if problems:
         raise InputError(problems)
     return notes
+
+
+def _board_problems(where: str, boards: tuple[str, ...]) -> list[Problem]:
+    missing = [board for board in boards if find_spec(board) is None]
+    problems = [Problem(where, f"the package {each} is not installed", f"pip install {each}") for each in missing]
+    if "wandb" in boards and not missing and not wandb_may_send():
+        cure = "Set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline."
+        problems.append(Problem(where, "nobody is logged in to Weights & Biases", cure))
+    return problems
 
 
 def _method_problems(pipeline: Pipeline, lines: list[PlannedStep]) -> list[Problem]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
+from flows.boards import Boards
 from flows.graph import Pipeline, gated
 from flows.mlflow_tree import MlflowTree, Nested
 from flows.model_events import tell_decided, tell_registered
@@ -62,6 +63,7 @@ class Session:
         self.tracker = Tracker(home, view.say)
         self.tree = MlflowTree(pipeline, self.tracker, nested)
         self.record = RunRecord.start(home, pipeline.recipe.name)
+        self.boards = Boards(pipeline, home, self.record.values["id"], view.say, self.tree.settings)
         self._write(self.record.update, measured=_measured_json(pipeline))
         self._lock = threading.Lock()
         self._light = threading.Semaphore(CONCURRENT_STEPS)
@@ -90,16 +92,21 @@ class Session:
         def emit(event: dict[str, Any]) -> None:
             self.view.event(step, event)
             self.tree.event(step, event)
+            self.boards.event(step, event)
             also(step, event)
 
         self.view.started(step)
         try:
             outcome = do(step, self.store, self.memory, self.stop, emit)
         except BaseException as error:
+            if step.kind == "train":
+                self.boards.ended(step.stage, False)
             with self._lock:
                 self.failed[title] = error
             self.view.failed(step, error)
             raise
+        if step.kind == "train":
+            self.boards.ended(step.stage, True)
         with self._lock:
             self.failed.pop(title, None)
             self.outcomes[title] = outcome
@@ -169,6 +176,7 @@ class Session:
     def finish(self) -> str:
         """Close the record and the MLflow tree; the status."""
         status = self.status()
+        self.boards.close()
         self.tree.end({"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[status], self.results())
         ending = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}
         ending["mlflow_run_id"] = self.tracker.root

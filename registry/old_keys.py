@@ -72,12 +72,11 @@ OLD_KEYS: dict[str, OldKey] = dict(
         *_idle("models are kept where Hugging Face keeps them (HF_HOME)", "cache_dir offload_folder"),
         *_idle(
             "loss curve, tokens per second and settings of every run are in MLflow and on Prefect's pages",
-            "plot_loss report_to run_name logging_dir logging_strategy logging_first_step logging_nan_inf_filter"
+            "plot_loss run_name logging_dir logging_strategy logging_first_step logging_nan_inf_filter"
             " include_num_input_tokens_seen include_tokens_per_second include_effective_tokens_per_second"
             " project trackio_space_id trackio_bucket_id trackio_static_space_id log_level log_level_replica"
             " log_on_each_node disable_tqdm skip_memory_metrics debug print_param_status compute_accuracy"
-            " use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir"
-            " wandb_project wandb_run_name",
+            " use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir",
         ),
         # measured
         *_idle(

@@ -11,6 +11,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from registry.record import split_names
+
 LOGGING_STEPS = 500  # transformers' own, between two measurements where nothing is said
 DEEPSPEED = {
     "ds_z0_config.json": "zero0",
@@ -21,6 +23,7 @@ DEEPSPEED = {
 }
 """Names of LLaMA-Factory's DeepSpeed configs → the ready one that divides the same."""
 ONLINE = "ONLINE"
+REPORTED_ANYWAY = ("none", "all", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,17 @@ def _pref_loss(value: Any, settings: Mapping[str, Any]) -> Meaning | None:
     return None
 
 
+def _report_to(value: Any, settings: Mapping[str, Any]) -> Meaning | None:
+    """MLflow is told in any case; the boards among the others are a setting."""
+    names = () if value is None else split_names(value)
+    if not isinstance(names, tuple):
+        return None
+    others = [name for name in names if name not in REPORTED_ANYWAY]
+    if len(others) < len(names) and others:
+        return Meaning({"report_to": others})
+    return None if others else NOTHING
+
+
 def _deepspeed(value: Any, settings: Mapping[str, Any]) -> Meaning | None:
     """LLaMA-Factory's configs by path; a file that is there is read."""
     ready = DEEPSPEED.get(Path(value).name) if isinstance(value, str) else None
@@ -151,6 +165,7 @@ CONVERSIONS: dict[str, Convert] = {
     "flash_attn": _flash_attn,
     "resume_from_checkpoint": _resume,
     "pref_loss": _pref_loss,
+    "report_to": _report_to,
     "deepspeed": _deepspeed,
     "dataset_dir": _dataset_dir,
     "adapter_name_or_path": _adapter,
@@ -177,6 +192,7 @@ MEANINGS = {
     "adam8bit": "`optim: adamw_bnb_8bit`",
     "flash_attn": "the same; `disabled` is `eager`",
     "resume_from_checkpoint": "the same; true is not needed: an interrupted run goes on by the same command",
+    "report_to": "the same, `tensorboard` and `wandb`; MLflow is told in any case; `none` and `all` ask nothing",
     "pref_loss": "the same; `orpo` is `stage: orpo`, `kto_pair` is refused",
     "deepspeed": "the same; where there is no such file, `ds_z3_config.json` and its like are `zero3` …",
     "dataset_dir": "the same; `ONLINE` is not needed: a hub id is one",

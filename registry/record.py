@@ -6,7 +6,7 @@ refused by the type, with the value as it was written.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -49,6 +49,7 @@ def full_shard_is_true(value: Any) -> Any:
 FullShard = Annotated[bool, BeforeValidator(full_shard_is_true)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_numbers)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+Boards = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(split_names)]
 Steps = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 

@@ -17,7 +17,7 @@ from registry.deepspeed import deepspeed_config
 from registry.loss_records import LossSettings
 from registry.method_records import MethodSettings
 from registry.online_records import GroupSettings, OnlineSettings, PpoSettings
-from registry.record import FullShard, Names, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
+from registry.record import Boards, FullShard, Names, Record, Shares, Steps, Text, list_of_one, minus_one_is_unset
 from registry.reward_rules import short_name
 
 
@@ -223,6 +223,12 @@ class RuntimeSettings(Record):
     """Processes that prepare data; nothing means one per core."""
     logging_steps: Steps = 1
     """Optimizer steps between two points of the loss curve."""
+    report_to: Boards = ()
+    """Where training curves go beside MLflow, which has all: `tensorboard`, `wandb`, or both."""
+    wandb_project: Text | None = None
+    """Project in Weights & Biases; nothing means llamatuner."""
+    wandb_run_name: Text | None = None
+    """Name of the run there; nothing means the recipe's name and the stage."""
     sample_steps: Steps = 10
     """Steps between two tables of drawn answers, in a stage that draws some."""
     save_steps: Steps = 50

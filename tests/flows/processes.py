@@ -125,6 +125,7 @@ def require_nothing_open(home: Path, database: Path | None = None) -> None:
     assert _column(database, running) == []
     assert "running" not in record_states(home)
     assert list((home / "work").iterdir()) == []
-    for path in (home / "locks").iterdir():
-        with try_lock(path) as free:
-            assert free, path
+    for path in (home / "locks").rglob("*"):
+        if path.is_file():
+            with try_lock(path) as free:
+                assert free, path

@@ -124,10 +124,10 @@ def test_a_secret_is_refused_and_not_repeated() -> None:
 
 
 def test_what_has_no_effect_is_said_with_one_line_for_each_reason() -> None:
-    found = translate({"overwrite_cache": True, "plot_loss": True, "report_to": "wandb", "wandb_project": "x"}, here)
+    found = translate({"overwrite_cache": True, "plot_loss": True, "report_to": "none", "logging_dir": "x"}, here)
     assert found.notes(here) == [
         "overwrite_cache: no effect; what is prepared is kept, and found by its content",
-        "plot_loss, report_to, wandb_project: no effect; loss curve, tokens per second and settings of every run are in"
+        "plot_loss, logging_dir: no effect; loss curve, tokens per second and settings of every run are in"
         " MLflow and on Prefect's pages",
     ]
 
