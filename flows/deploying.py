@@ -1,8 +1,9 @@
 """Deployments: what Prefect starts by schedule, from its pages, or for `submit`.
 
-One decision: each shipped recipe is a deployment of its own name, and `pipeline` takes any recipe. All are the one flow
-of `flows.pipeline`, named by its module: a worker needs this package installed, and no checkout. Beside them there is
-`promote`, which a person starts, and a `watch` for each recipe whose data are watched.
+One decision: each shipped recipe, and each of one's own that is deployed by its path, is a deployment of its own name,
+and `pipeline` takes any recipe. All are the one flow of `flows.pipeline`, named by its module: a worker needs this
+package installed, and no checkout. Beside them there is `promote`, which a person starts, and a `watch` for each recipe
+whose data are watched.
 """
 
 from __future__ import annotations
@@ -61,22 +62,34 @@ def known_names() -> list[str]:
 
 
 def require_names(names: Sequence[str]) -> None:
-    """Refuse what is not the name of a deployment.
+    """Refuse what is neither the name of a deployment nor a recipe of one's own, by its path.
 
     Raises:
         InputError: for all of them at once.
     """
-    cure = f"`llamatuner submit {{}}` runs any recipe through the deployment `{ANY}`."
     problems = []
     for name in names:
-        if name not in known_names():
+        if name in known_names():
+            continue
+        if not is_path(name):
             known = did_you_mean(name, known_names())
-            is_path = "/" in name or "." in name
-            problems.append(
-                Problem(name, "no shipped recipe of that name to deploy", cure.format(name) if is_path else known)
-            )
+            problems.append(Problem(name, "no shipped recipe of that name to deploy", known))
+            continue
+        try:
+            called = load_recipe(name).name
+        except InputError as error:
+            problems += error.problems
+            continue
+        if called in known_names():
+            rule = f"the recipe is named {called}, as one that ships"
+            problems.append(Problem(name, rule, "Give it another `name`: a deployment is found by it."))
     if problems:
         raise InputError(problems)
+
+
+def is_path(name: str) -> bool:
+    """Whether a recipe of one's own is meant."""
+    return "/" in name or "." in name
 
 
 def schedule_of(cron: str, timezone: str | None) -> Any:
@@ -171,8 +184,9 @@ def _register(client: Any, name: str, schedule: Any) -> dict[str, Any]:
         return _apply(client, promote_model, name, {}, str(promote_model.description), schedule)
     from flows.pipeline import pipeline
 
-    parameters = {} if name == ANY else {"recipe": name}
-    return _apply(client, pipeline, name, parameters, description_of(name), schedule)
+    parameters = {} if name == ANY else {"recipe": str(find_recipe(name).absolute()) if is_path(name) else name}
+    called = load_recipe(name).name if is_path(name) else name
+    return _apply(client, pipeline, called, parameters, description_of(name), schedule)
 
 
 def _watch(recipe: str) -> tuple[Any, str, dict[str, Any], str]:
@@ -231,17 +245,22 @@ def _apply(
     )
     if flow.name == ANY:
         fields = deployment._parameter_openapi_schema.properties
-        fields.update(_form(name, fields))
+        fields.update(_form(parameters.get("recipe"), fields))
     found = client.read_deployment(deployment.apply())
     schedules = [_schedule_json(each) for each in found.schedules]
     return {"name": f"{flow.name}/{name}", "id": str(found.id), "schedules": schedules}
 
 
-def _form(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields that make Prefect's run form that of the recipe: typed, and checked by the server before a run starts."""
-    settings = stage_form() if name == ANY else recipe_form(name)
+def _form(name: str | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields that make Prefect's run form that of the recipe: typed, and checked by the server before a run starts.
+
+    Args:
+        name: of the recipe, or its path; None: any.
+        fields: of the form as the flow's function has them.
+    """
+    settings = recipe_form(name) if name else stage_form()
     form = {"settings": fields["settings"] | settings | {"title": "settings"}}
-    if name != ANY:  # the settings are those of one recipe
+    if name:  # the settings are those of one recipe
         recipe = {key: value for key, value in fields["recipe"].items() if key != "anyOf"}
         form["recipe"] = recipe | {"type": "string", "enum": [name], "default": name}
     return form

@@ -26,6 +26,8 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
     """
     tell_what_waits(home, say)
     for record in records(home):
+        if record.values.get("left_open"):
+            _end_in_mlflow(home, record, say)
         if not record.died():
             continue
         if _closed(home, record, say):
@@ -35,6 +37,18 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
         _tell_ends(home)
     except Exception as error:  # noqa: BLE001 - as above
         say(f"Prefect could not be told how earlier runs ended: {type(error).__name__}: {error}")
+
+
+def _end_in_mlflow(home: Home, record: RunRecord, say: Callable[[str], None]) -> None:
+    """Close what a run that has ended could not close: its disk was full, or MLflow did not take it."""
+    name, status = record.values["id"], record.values["status"]
+    try:
+        found = end_dead_run(home, name, {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED"))
+        record.update(left_open=False)
+        if found:
+            say(f"run {name} was still open in MLflow; it is marked {status}")
+    except Exception as error:  # noqa: BLE001 - as below
+        say(f"run {name} could not be closed in MLflow: {type(error).__name__}: {error}")
 
 
 def _closed(home: Home, record: RunRecord, say: Callable[[str], None]) -> bool:

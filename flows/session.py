@@ -178,8 +178,10 @@ class Session:
         status = self.status()
         self.boards.close()
         self.tree.end({"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[status], self.results())
-        ending = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}
+        ending: dict[str, Any] = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}
         ending["mlflow_run_id"] = self.tracker.root
+        if self.tracker.left_open:
+            ending["left_open"] = True  # for the next run
         self._write(self.record.end, status=status, **ending)
         for version in self.tree.registered:
             tell_registered(version, self.record.values, self.home, self.view.say)

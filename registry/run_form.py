@@ -33,15 +33,18 @@ Form = dict[str, Any]
 
 
 def recipe_form(name: str) -> Form:
-    """The form of a shipped recipe."""
+    """The form of a recipe, by name or path; settings in words of others stay as they are written there."""
     raw = read_yaml(read_text(find_recipe(name)), name)
+    if "stages" not in raw:
+        return stage_form()
     above = {key: value for key, value in raw.items() if key not in RECIPE_KEYS}
     stages = {
         stage: _object(
-            f"Stage {stage}: {STAGES[own['stage']].description}",
-            {key: _setting(key, own | STAGES[own["stage"]].defaults, own) for key in _keys(own, COMMON, above)},
+            f"Stage {stage}: {STAGES[kind].description}",
+            {key: _setting(key, own | STAGES[kind].defaults, own) for key in _keys(own, COMMON, above)},
         )
         for stage, own in raw["stages"].items()
+        for kind in [own.get("stage", above.get("stage", "sft"))]
     }
     fields = {key: _setting(key, {}, above) for key in _keys(above, ABOVE, {})}
     fields["stages"] = _object("The stages of the recipe, and what each has of its own.", stages)
@@ -61,7 +64,7 @@ def _keys(own: Mapping[str, Any], common: Iterable[str], above: Mapping[str, Any
     """What is written, but for what names another stage, and what is offered beside it."""
     fixed = ("stage", "model", "reward_model", "ref_model")
     added = [key for key in common if key not in own and key not in above]
-    return [*(key for key in own if key not in fixed), *added]
+    return [*(key for key in own if key in FIELDS and key not in fixed), *added]
 
 
 def _evaluation(written: Mapping[str, Any]) -> Form:

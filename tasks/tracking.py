@@ -79,6 +79,8 @@ class Tracker:
         self._next_attempt, self._pause = 0.0, FIRST_PAUSE
         self._ids: dict[str, str] = {}
         self._dead = False
+        self.left_open = False
+        """MLflow may call runs running that are not: their end could be neither told nor kept."""
         self._steps: dict[str, int] = {}
         self._open: list[str] = []
         self.run_id: str | None = None
@@ -112,6 +114,7 @@ class Tracker:
     def _refused(self, entry: Entry, error: Exception) -> None:
         self._say(f"MLflow does not take {entry['do']} of a run: {_first_line(error)}. The run itself goes on.")
         self._dead = entry["do"] == "open"  # nothing can be said of a run that is not there
+        self.left_open = self.left_open or self._dead or entry["do"] == "end"
 
     def _begin_journal(self, error: Exception) -> None:
         self._say(f"MLflow cannot be reached: {_first_line(error)}. The run goes on; MLflow is told later.")
@@ -129,7 +132,7 @@ class Tracker:
             self._give_up(fault)
 
     def _give_up(self, fault: OSError) -> None:
-        self._dead = True
+        self._dead = self.left_open = True
         self._say(f"what MLflow is to be told cannot be kept either: {fault}. The run itself goes on.")
 
     def _deliver(self) -> None:
@@ -338,20 +341,25 @@ def follow_moved_home(database: Path, before: str, after: str) -> None:
     connection.close()
 
 
-def end_dead_run(home: Home, record_id: str, status: str) -> None:
+def end_dead_run(home: Home, record_id: str, status: str) -> int:
     """Close what is open of a run whose process died without a word.
 
     Args:
         home: where MLflow's own files are when no server is set.
         record_id: of the run record; found by tag, since a process can die before it wrote down any id of MLflow's.
-        status: FAILED or KILLED.
+        status: FINISHED, FAILED or KILLED.
+
+    Returns:
+        How many there were.
     """
     if not is_tracked(home):
-        return
+        return 0
     client = mlflow_client(home)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
-        return
+        return 0
     open_runs = f"tags.`{RUN_TAG}` = '{record_id}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([experiment.experiment_id], open_runs):
+    found = client.search_runs([experiment.experiment_id], open_runs)
+    for run in found:
         client.set_terminated(run.info.run_id, status)
+    return len(found)

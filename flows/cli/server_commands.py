@@ -56,7 +56,7 @@ def deploy(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME…", help="Shipped recipes; `pipeline`: any recipe; `promote`: approval by a person."
+            metavar="NAME…", help="Shipped recipes, or files; `pipeline`: any recipe; `promote`: approval by a person."
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,

@@ -116,7 +116,7 @@ def test_to_deploy_again_changes_nothing_and_keeps_the_schedule(here: Path) -> N
     [
         (["deploy"], "give names, or --all, and not both"),
         (["deploy", "dem"], "no shipped recipe of that name to deploy. Did you mean demo?"),
-        (["deploy", "mine.yaml"], "`llamatuner submit mine.yaml` runs any recipe through the deployment `pipeline`"),
+        (["deploy", "mine.yaml"], "the recipe file does not exist"),
         (["deploy", "--all", "--cron", "0 3 * * *"], "is the schedule of one deployment"),
         (["deploy", "demo", "--timezone", "UTC"], "belongs to --cron"),
         (["deploy", "--all", "--on-data-change"], "is for recipes that are named"),
@@ -336,6 +336,38 @@ def test_a_run_is_started_when_data_change_and_says_why(here: Path, tmp_path: Pa
     assert found["parameters"] == {"recipe": str(recipe), "overrides": []}
     assert f"data changed: {said[1]}" in found["tags"]
     assert ended(api, said[2])["type"] == "COMPLETED"
+
+
+def test_a_recipe_of_ones_own_is_deployed_by_its_path_and_its_schedule_fires(
+    here: Path, api: str, tmp_path: Path, capsys: Capture
+) -> None:
+    recipe = toy_recipe(tmp_path / "recipe", steps=1)
+    raw = json.loads(recipe.read_text()) | {"name": "demo"}
+    recipe.write_text(json.dumps(raw))
+    error = told("deploy", str(recipe), code=2, capsys=capsys)["error"]
+    assert "the recipe is named demo, as one that ships" in error
+    recipe.write_text(json.dumps(raw | {"name": "minutely"}))
+    (made,) = run("deploy", str(recipe), "--cron", "* * * * *")["deployments"]
+    assert made["name"] == "pipeline/minutely"
+    deployment = ask(f"{api}/deployments/{made['id']}")
+    assert deployment["parameters"] == {"recipe": str(recipe)}
+    fields = deployment["parameter_openapi_schema"]["properties"]
+    assert fields["recipe"]["enum"] == [str(recipe)]
+    assert fields["settings"]["properties"]["stages"]["properties"]["sft"]["properties"]["max_steps"]["default"] == 1
+
+    def first() -> list[dict[str, Any]]:
+        wanted = {
+            "deployments": {"id": {"any_": [made["id"]]}},
+            "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
+        }
+        runs: list[dict[str, Any]] = ask(f"{api}/flow_runs/filter", wanted)
+        return runs
+
+    wait_for(lambda: bool(first()))
+    flow_run = first()[0]
+    ask(f"{api}/deployments/{made['id']}/pause_deployment", {})
+    assert ended(api, flow_run["id"])["type"] == "COMPLETED"
+    assert flow_run["auto_scheduled"]
 
 
 def test_down_stops_a_run_of_the_worker_and_closes_it(here: Path, tmp_path: Path) -> None:
