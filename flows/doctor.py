@@ -15,7 +15,7 @@ from typing import Literal
 import psutil
 
 from flows.reconcile import reconcile
-from flows.run_records import RunRecord, records
+from flows.run_records import RunRecord, records, unclosed
 from flows.servers import live_runs
 from flows.services import SERVICES
 from registry.home import Home
@@ -106,12 +106,12 @@ def _dead_runs(home: Home, say: Callable[[str], None]) -> Finding:
         say(f"Prefect cannot be told: {type(error).__name__}: {error}")
     left, names = _dead(home), ", ".join(record.values["id"] for record in dead)
     if left:
-        return Finding("runs", "bad", f"died without a word and cannot be closed yet: {names}")
-    return Finding("runs", "mended", f"died without a word, marked crashed in Prefect and killed in MLflow: {names}")
+        return Finding("runs", "bad", f"not closed in Prefect and MLflow, and cannot be yet: {names}")
+    return Finding("runs", "mended", f"died, or could not be closed; closed now in Prefect and MLflow: {names}")
 
 
 def _dead(home: Home) -> list[RunRecord]:
-    return [record for record in records(home) if record.died()]
+    return [record for record in records(home) if unclosed(record)]
 
 
 def _mlflow(home: Home, say: Callable[[str], None]) -> Finding:

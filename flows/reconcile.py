@@ -27,7 +27,7 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
     tell_what_waits(home, say)
     for record in records(home):
         if record.values.get("left_open"):
-            _end_in_mlflow(home, record, say)
+            _end_everywhere(home, record, say)
         if not record.died():
             continue
         if _closed(home, record, say):
@@ -39,16 +39,19 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
         say(f"Prefect could not be told how earlier runs ended: {type(error).__name__}: {error}")
 
 
-def _end_in_mlflow(home: Home, record: RunRecord, say: Callable[[str], None]) -> None:
-    """Close what a run that has ended could not close: its disk was full, or MLflow did not take it."""
+def _end_everywhere(home: Home, record: RunRecord, say: Callable[[str], None]) -> None:
+    """Close what a run that has ended could not: its disk was full, or MLflow or Prefect did not take it."""
+    from prefect.client.orchestration import get_client
+
     name, status = record.values["id"], record.values["status"]
     try:
-        found = end_dead_run(home, name, {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED"))
+        end_dead_run(home, name, {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED"))
+        with get_client(sync_client=True) as client:
+            _end_in_prefect(client, record)
         record.update(left_open=False)
-        if found:
-            say(f"run {name} was still open in MLflow; it is marked {status}")
+        say(f"run {name} could not be closed everywhere when it ended; now it is, as {status}")
     except Exception as error:  # noqa: BLE001 - as below
-        say(f"run {name} could not be closed in MLflow: {type(error).__name__}: {error}")
+        say(f"run {name} could not be closed everywhere: {type(error).__name__}: {error}")
 
 
 def _closed(home: Home, record: RunRecord, say: Callable[[str], None]) -> bool:
@@ -64,19 +67,33 @@ def _closed(home: Home, record: RunRecord, say: Callable[[str], None]) -> bool:
 def _tell_ends(home: Home) -> None:
     """Tell Prefect how runs ended that it calls running: its server was away when they ended."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 
     before = (datetime.now(UTC) - timedelta(seconds=HEARD_SECONDS)).isoformat(timespec="seconds")
     ended = [record for record in records(home) if record.values.get("ended", "9") < before][:RECENT]
-    by_tag = {run_tag(record): record.values["status"] for record in ended}
-    if not by_tag:
+    if not ended:
         return
-    going_on = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
-    wanted = FlowRunFilter.model_validate({"tags": {"any_": list(by_tag)}, "state": going_on})
+    of_them = {"tags": {"any_": [run_tag(record) for record in ended]}}
+    going_on = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
     with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=wanted):
-            status = next(by_tag[tag] for tag in run.tags if tag in by_tag)
-            client.set_flow_run_state(run.id, _ended_as(status), force=True)
+        open_runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(of_them | going_on))
+        tasks = client.read_task_runs(
+            flow_run_filter=FlowRunFilter.model_validate(of_them),
+            task_run_filter=TaskRunFilter.model_validate(going_on),
+        )
+        if open_runs or _unheard(tasks):
+            for record in ended:
+                _end_in_prefect(client, record)
+
+
+def _end_in_prefect(client: Any, record: RunRecord) -> None:
+    """What Prefect calls running of a run that has ended, as the record has it."""
+    steps = {f"{step['stage']}/{step['step']}": step["state"] for step in record.values.get("steps", [])}
+    for task in _unheard(client.read_task_runs(flow_run_filter=tagged(record))):
+        client.set_task_run_state(task.id, _final(steps.get(task.name)), force=True)
+    for run in client.read_flow_runs(flow_run_filter=tagged(record)):
+        if run.state and not run.state.is_final():
+            client.set_flow_run_state(run.id, _ended_as(record.values["status"]), force=True)
 
 
 def _ended_as(status: str) -> Any:
@@ -137,6 +154,10 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
                 client.set_task_run_state(run.id, _final(ended.get(run.name)), force=True)
     except HTTPError as error:
         say(f"Prefect's API could not be asked how the run ended: {type(error).__name__}: {error}")
+        try:
+            record.update(left_open=True)
+        except OSError as fault:  # the next run but one finds it out by itself, see `_tell_ends`
+            say(f"nor could that be written down: {fault}")
 
 
 def _unheard(task_runs: list[Any]) -> list[Any]:

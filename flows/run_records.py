@@ -73,6 +73,11 @@ class RunRecord:
             return free
 
 
+def unclosed(record: RunRecord) -> bool:
+    """Whether a run died without a word, or ended and could not close what it had opened."""
+    return record.died() or bool(record.values.get("left_open"))
+
+
 def records(home: Home) -> Iterator[RunRecord]:
     """All records, newest first; one that cannot be read is passed over only when it is half-written (`.part`).
 

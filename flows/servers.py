@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import psutil
 
-from flows.run_records import RunRecord, records
+from flows.run_records import RunRecord, records, unclosed
 from flows.services import BACKEND, HOST, MARK, SERVICES, Service, command
 from registry.errors import InputError, Problem
 from registry.home import Home
@@ -81,7 +81,7 @@ def bring_up(home: Home, ports: dict[str, int | None], say: Say) -> dict[str, Se
 
 def _close_dead_runs(home: Home, say: Say) -> None:
     """Close runs that died without a word: as long as Prefect calls them running, those behind them wait."""
-    if any(record.died() for record in records(home)):
+    if any(unclosed(record) for record in records(home)):
         from flows.deploying import shared_api
         from flows.reconcile import reconcile
 

@@ -341,25 +341,20 @@ def follow_moved_home(database: Path, before: str, after: str) -> None:
     connection.close()
 
 
-def end_dead_run(home: Home, record_id: str, status: str) -> int:
+def end_dead_run(home: Home, record_id: str, status: str) -> None:
     """Close what is open of a run whose process died without a word.
 
     Args:
         home: where MLflow's own files are when no server is set.
         record_id: of the run record; found by tag, since a process can die before it wrote down any id of MLflow's.
         status: FINISHED, FAILED or KILLED.
-
-    Returns:
-        How many there were.
     """
     if not is_tracked(home):
-        return 0
+        return
     client = mlflow_client(home)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
-        return 0
+        return
     open_runs = f"tags.`{RUN_TAG}` = '{record_id}' and attributes.status = 'RUNNING'"
-    found = client.search_runs([experiment.experiment_id], open_runs)
-    for run in found:
+    for run in client.search_runs([experiment.experiment_id], open_runs):
         client.set_terminated(run.info.run_id, status)
-    return len(found)
