@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from registry.data_registry import find_dataset
@@ -23,7 +24,9 @@ from tasks.digests import DigestMemory
 from tasks.estimate import GIB
 from tasks.fetch import fetch_step
 from tasks.formats.form import HOLDS
-from tasks.source_rows import source_list
+from tasks.raw_rows import BadRow
+from tasks.source_rows import converted_rows, source_list
+from tasks.steps import Step
 
 GOALS = {
     "sft": "teach answers by example",
@@ -39,7 +42,10 @@ RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "orpo": 5e-5, "rm": 5e-5, "pt": 
 """Learning rates of LoRA that the field begins with."""
 QUANTISED_BYTES = 0.6  # of a weight in 4 bits, with its constants and its share of the adapter
 SHARE = 0.7  # of a device's memory for weights; the rest is for activations
-GLOBAL_BATCH = 16
+GLOBAL_BATCH = 16  # rows of an optimizer step, where there are enough for STEPS_OF_AN_EPOCH
+STEPS_OF_AN_EPOCH = 20
+FEW, FEW_EPOCHS = 50, 10  # so few rows of sft are seen so often
+ENOUGH = 1000  # rows: how many more there are changes nothing here
 COMMENT_AT = 44
 ANSWERING = ("sft", "dpo", "kto", "orpo")
 ON_CPU, ON_GPU = 512, 2048  # tokens of a row
@@ -52,17 +58,22 @@ class Wish:
     model: str
     data: str
     goal: str
+    rows: int | None = None
+    """Usable rows, at most `ENOUGH` of them; None: not known yet."""
 
 
-def fitting_goal(data: str) -> str:
-    """The goal that the rows of a data set are for; `sft` where they cannot be looked at yet.
+def look_at(data: str) -> tuple[str, int | None]:
+    """The goal that the rows of a data set are for, and how many there are, counted up to `ENOUGH`.
+
+    Rows that cannot be looked at yet are taken to be for `sft`, and not counted.
 
     Raises:
-        InputError: there is no such data set, its rows are of no known form, or they are questions without answers.
+        InputError: there is no such data set, its rows are of no known form, or they are questions without answers; a
+            single row, of which none can be kept back.
     """
     source = find_dataset(data, None, "--data")
     if source.remote is not None:
-        return "dpo" if source.ranking else "pt" if dict(source.columns) == {"prompt": "text"} else "sft"
+        return ("dpo" if source.ranking else "pt" if dict(source.columns) == {"prompt": "text"} else "sft"), None
     source = replace(
         source, formatting=None, columns={}, ranking=False
     )  # what the rows are, not what they may be read as
@@ -70,15 +81,25 @@ def fitting_goal(data: str) -> str:
     for shape in ("chat", "text", "prompt"):
         given = ((source,), DataSettings(dataset=(data,)), RuntimeSettings(), shape, 0, memory)
         try:
-            holds = source_list(fetch_step("init", "fetch", *given, split=False), {}, memory)[0].form().holds
+            step = fetch_step("init", "fetch", *given, split=False)
+            holds = source_list(step, {}, memory)[0].form().holds
         except InputError as error:
             problems += error.problems
             continue
         if holds in FITTING:
-            return FITTING[holds]
+            return FITTING[holds], _count(step, data)
         cure = "Recipes sft_rm_ppo and sft_rm_grpo train on such rows; `llamatuner list recipes`."
         raise InputError(Problem(f"--data {data}", f"its rows are {HOLDS[holds]}", cure))
     raise InputError(problems, "--data")
+
+
+def _count(step: Step, data: str) -> int:
+    usable = (row for *_, found in converted_rows(step, {}) if not isinstance(found, BadRow) for row in found)
+    count = len(list(islice(usable, ENOUGH)))
+    if count < 2:
+        rule = f"has {count} usable row{'s' * (count != 1)}; one is kept back to measure on"
+        raise InputError(Problem(f"--data {data}", rule, "Give more rows."))
+    return count
 
 
 def write_recipe(wish: Wish, path: Path) -> str:
@@ -95,9 +116,15 @@ def write_recipe(wish: Wish, path: Path) -> str:
         raise InputError(Problem(f"--goal {wish.goal}", "no such goal", did_you_mean(wish.goal, list(GOALS))))
     machine, devices = _machine(), cuda_devices()
     method = _method(wish.model, machine.memory)
-    batch = 4 if machine.gpu else 1
-    accumulation = max(1, GLOBAL_BATCH // (batch * max(1, len(devices))))
-    goal, says = wish.goal, GOALS[wish.goal]
+    goal, says, rows = wish.goal, GOALS[wish.goal], wish.rows or ENOUGH
+    a_step = min(GLOBAL_BATCH, max(1, rows // STEPS_OF_AN_EPOCH))
+    batch = min(4, a_step) if machine.gpu else 1
+    accumulation = max(1, a_step // (batch * max(1, len(devices))))
+    kept_back = ("0.05", "kept back, and measured before and after")
+    if rows < 20:
+        kept_back = ("1", "row kept back, and measured before and after; one says little")
+    packed = goal == "sft" and a_step == GLOBAL_BATCH  # of few rows, packed ones would make too few steps
+    epochs = (FEW_EPOCHS if rows < FEW else 3) if goal == "sft" else 1
     lines: list[tuple[str, str]] = [
         (f"# {says.capitalize()}, on {machine.text}.", ""),
         *((f"#   {command:<40} {why}", "") for command, why in next_steps(path).items()),
@@ -108,15 +135,18 @@ def write_recipe(wish: Wish, path: Path) -> str:
         (f"  {goal}:", ""),
         (f"    stage: {goal}", says),
         (f"    dataset: {_scalar(wish.data)}", ""),
-        ("    val_size: 0.05", "kept back, and measured before and after"),
+        (f"    val_size: {kept_back[0]}", kept_back[1]),
         (f"    cutoff_len: {ON_GPU if machine.gpu else ON_CPU}", "tokens; `plan` says how many rows are longer"),
-        *([("    packing: true", "several rows in one sequence; they never see each other")] if goal == "sft" else []),
+        *([("    packing: true", "several rows in one sequence; they never see each other")] if packed else []),
         (f"    learning_rate: {RATES[goal]:.1e}", "the first thing to try others of"),
         ("    lr_scheduler_type: cosine", ""),
         ("    warmup_ratio: 0.1", ""),
-        (f"    num_train_epochs: {3 if goal == 'sft' else 1}", ""),
+        (f"    num_train_epochs: {epochs}", "times that every row is seen"),
         (f"    per_device_train_batch_size: {batch}", "lower it when memory runs out …"),
-        (f"    gradient_accumulation_steps: {accumulation}", f"… and raise this: {GLOBAL_BATCH} rows make a step"),
+        (
+            f"    gradient_accumulation_steps: {accumulation}",
+            f"… and raise this: {a_step} rows make a step" if a_step > 1 else "",
+        ),
         *([("    bf16: true", "half the memory, and faster")] if machine.bf16 else []),
         ("    save_steps: 50", "optimizer steps between checkpoints: at most this much is lost by a kill"),
         ("evaluation:", ""),

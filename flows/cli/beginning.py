@@ -20,7 +20,7 @@ def begin(path: Path | None, model: str | None, data: str | None, goal: str | No
     Raises:
         InputError: something is missing where nobody can be asked, or is not there; a file that is there already.
     """
-    from flows.new_recipe import GOALS, Wish, fitting_goal, next_steps, write_recipe
+    from flows.new_recipe import GOALS, Wish, look_at, next_steps, write_recipe
     from registry.loading import load_recipe
     from registry.models import MODELS
 
@@ -29,14 +29,14 @@ def begin(path: Path | None, model: str | None, data: str | None, goal: str | No
         "--model", "Model (a name of `llamatuner list models`, a hub id, a folder)", next(iter(MODELS))
     )
     data = data or _ask("--data", "Data (a file, folder, URL, hub id, or a name of `llamatuner list datasets`)", None)
-    found = fitting_goal(data)
+    found, rows = look_at(data)
     if goal is None:
         goal = _ask_goal(found, GOALS)
         console.print(f"goal: {goal}, {GOALS.get(goal, '')}", markup=False)
     path = path or Path(f"{Path(data).stem or 'mine'}-{goal}.yaml")
     if path.exists():
         raise InputError(Problem(str(path), "is there; nothing is written over", "Name a new file."))
-    text = write_recipe(Wish(model, data, goal), path)
+    text = write_recipe(Wish(model, data, goal, rows), path)
     path.write_text(text, encoding="utf-8")
     try:
         load_recipe(str(path), [])

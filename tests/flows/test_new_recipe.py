@@ -41,8 +41,34 @@ def test_the_goal_is_what_the_rows_are_for(here: Path, data: str, goal: str, cap
     assert (answer["recipe"], answer["goal"]) == (f"{data}-{goal}.yaml", goal)
     (stage,) = load_recipe(answer["recipe"], []).stages
     assert (stage.train.stage, stage.train.finetuning_type, stage.data.val_size) == (goal, "lora", 0.05)
-    assert stage.train.per_device_train_batch_size * stage.train.gradient_accumulation_steps == 16
+    rows = len((SHIPPED / f"{data}.jsonl").read_text().splitlines())
+    assert stage.train.per_device_train_batch_size * stage.train.gradient_accumulation_steps == rows // 20
     assert all(len(line) <= 120 for line in Path(answer["recipe"]).read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept_back", "a_step", "epochs", "packing"),
+    [(2, 1, 1, 10, False), (19, 1, 1, 10, False), (60, 0.05, 3, 3, False), (320, 0.05, 16, 3, True)],
+)
+def test_few_rows_make_a_recipe_that_trains_on_them(
+    here: Path, rows: int, kept_back: float, a_step: int, epochs: int, packing: bool
+) -> None:
+    tiny_model(here / "model")
+    lines = [json.dumps({"instruction": f"say {n}", "output": f"{n}"}) + "\n" for n in range(rows)]
+    (here / "few.jsonl").write_text("".join(lines))
+    assert run_app(["init", "few.yaml", "--model", "model", "--data", "few.jsonl"]) == 0
+    (stage,) = load_recipe("few.yaml", []).stages
+    train = stage.train
+    assert (stage.data.val_size, train.num_train_epochs, stage.data.packing) == (kept_back, epochs, packing)
+    assert train.per_device_train_batch_size * train.gradient_accumulation_steps == a_step
+    assert run_app(["check", "few.yaml"]) == 0
+
+
+def test_a_single_row_is_refused(here: Path, capsys: Capture) -> None:
+    (here / "one.jsonl").write_text('{"instruction": "say 1", "output": "1"}\n')
+    assert run_app(["init", "--model", "smollm2-135m-instruct", "--data", "one.jsonl"]) == 2
+    assert "has 1 usable row; one is kept back to measure on" in " ".join(capsys.readouterr().err.split())
+    assert not list(here.glob("*.yaml"))
 
 
 def test_a_recipe_is_for_the_machine(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
