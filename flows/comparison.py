@@ -21,7 +21,7 @@ from tasks.artifacts import Artifact, Store
 from tasks.digests import DigestMemory
 from tasks.evaluation import read_answers
 from tasks.explain import flatten
-from tasks.intervals import limits
+from tasks.intervals import LEAST_ROWS, limits
 from tasks.jsonlines import read_json_lines
 from tasks.measurements import DRAWN, Number, numbers
 from tasks.steps import input_digest
@@ -197,10 +197,16 @@ def _row(row: list[Number | None]) -> Measured:
 
 
 def difference(number: Number, other: Number) -> dict[str, Any]:
-    """What a number is more than another on the same rows: `value`, `low`, `high`, and `real`, whether 0 is outside."""
+    """What a number is more than another on the same rows.
+
+    Returns:
+        `value`; `low`, `high` where there are rows enough for an interval; `real`: there is one, and 0 is outside.
+    """
+    value = number.result["value"] - other.result["value"]
+    if number.result["rows"] < LEAST_ROWS:
+        return {"value": value, "real": False}
     between = limits(number.drawn - other.drawn)
-    real = not between["low"] <= 0.0 <= between["high"]
-    return {"value": number.result["value"] - other.result["value"], **between, "real": real}
+    return {"value": value, **between, "real": not between["low"] <= 0.0 <= between["high"]}
 
 
 def answers(sides: Sequence[Side]) -> list[tuple[str, list[str | None]]]:

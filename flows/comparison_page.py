@@ -89,9 +89,9 @@ def _numbers(row: Measured) -> list[str]:
                 text += f" <small>[{result['low']:.4g}, {result['high']:.4g}]</small>"
         if difference is not None:
             what = "differs" if difference["real"] else "may be chance"
-            text += (
-                f"<br>{difference['value']:+.3g} <small>[{difference['low']:+.3g}, {difference['high']:+.3g}]</small>"
-            )
+            text += f"<br>{difference['value']:+.3g}"
+            if "low" in difference:
+                text += f" <small>[{difference['low']:+.3g}, {difference['high']:+.3g}]</small>"
             text += f"<br>{'<b>' if difference['real'] else ''}{what}{'</b>' if difference['real'] else ''}"
         cells.append(f'<td class="n">{text}</td>')
     return cells

@@ -43,6 +43,7 @@ def keep_comparison(
         for row in numbers
         for n, each in _there(row.differences)
         for end, name in (("", "value"), (".low", "low"), (".high", "high"))
+        if name in each
     }
     tracker.results(tracker.run_id, values)
     tracker.close_all("FINISHED")
@@ -69,10 +70,14 @@ def comparison_text(sides: Sequence[Side], numbers: Sequence[Measured]) -> str:
     for row in numbers:
         cells = []
         for result, away in zip(row.results, row.differences, strict=True):
-            text = f"{result['value']:.4g} ({result['low']:.4g} to {result['high']:.4g})" if result else "–"
+            text = f"{result['value']:.4g}{_between(result, '.4g')}" if result else "–"
             if away:
                 what = "differs" if away["real"] else "may be chance"
-                text += f"; {away['value']:+.3g} ({away['low']:+.3g} to {away['high']:+.3g}), {what}"
+                text += f"; {away['value']:+.3g}{_between(away, '+.3g')}, {what}"
             cells.append(text)
         lines.append(f"| {row.metric} | {row.rows} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "In brackets 95 % intervals; a difference is that to A, of paired rows."])
+
+
+def _between(number: dict[str, Any], form: str) -> str:
+    return f" ({number['low']:{form}} to {number['high']:{form}})" if "low" in number else ""

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from flows.lineage_facts import facts, read_json
+from flows.lineage_facts import facts
 from registry.home import Home
 from tasks.artifacts import Artifact, Store, damage, read_artifact, select
 from tasks.digests import content_digest
 from tasks.export import OWN_FILES
 from tasks.fetch import KEPT_BACK, ROWS
-from tasks.measurements import KINDS, RESULTS
+from tasks.measurements import KINDS, RESULTS, stored_results
 from tasks.train.given import GIVEN, GIVEN_WEIGHTS
 from tasks.training import BASE_FILES, REWARD_ADAPTER, REWARD_FILES, REWARD_MODEL, SHARD_FILES
 
@@ -244,7 +244,8 @@ class Lineage:
         """
         behind = {link.role: self.data_behind(link.key)[0] for link in self.links(measurement)}
         found = []
-        for name, result in (read_json(measurement.path / RESULTS) or {}).items():  # earlier ones have no drawn values
+        known = (measurement.path / RESULTS).exists()  # earlier ones have no drawn values, which `numbers` asks for
+        for name, result in (stored_results(measurement.path) if known else {}).items():
             metric, _, position = name.rpartition(".")
             if data is None or behind.get(f"set.{position}", set()) & data:
                 own = {end: result[end] for end in ("value", "low", "high", "rows") if end in result}

@@ -160,7 +160,7 @@ class MlflowTree:
         run_id = self._tracker.open(name, measured or self._tracker.run_id, self._tags)
         results = read_results(outcome.artifact.path, step.runtime["set_names"])
         values = {name: result["value"] for name, result in results.items()}
-        ends = {f"{name}.{end}": result[end] for name, result in results.items() for end in ("low", "high")}
+        ends = {f"{name}.{end}": each[end] for name, each in results.items() for end in ("low", "high") if end in each}
         self._tracker.results(run_id, values | ends)
         if measured:
             self._tracker.results(measured, values)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.finished_runs import find_run, is_run, run_artifacts
+from flows.finished_runs import find_run, is_run, recipe_name, run_artifacts
 from flows.registrations import DIGEST_TAG, version_of
 from flows.run_records import records
 from registry.errors import InputError, Problem, did_you_mean
@@ -59,8 +59,9 @@ def find_model(asked: str, home: Home, revision: str = DEFAULT_REVISION, where: 
     wanted, _, stage = asked.partition(":")
     if is_run(wanted, home):
         return _of_run(asked, wanted, stage, home)
-    if wanted in RECIPES or any(record.values["recipe"] == wanted for record in records(home)):
-        rule = f"no run of the recipe {wanted} is finished"
+    name, _ = recipe_name(wanted)
+    if name != wanted or name in RECIPES or any(record.values["recipe"] == name for record in records(home)):
+        rule = f"no run of the recipe {name} is finished"
         raise InputError(Problem(where, rule, f"First `llamatuner run {wanted}`."))
     return _base(asked, revision, home, where)
 

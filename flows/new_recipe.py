@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import yaml
+
 from registry.data_registry import find_dataset
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
@@ -45,6 +47,7 @@ SHARE = 0.7  # of a device's memory for weights; the rest is for activations
 GLOBAL_BATCH = 16  # rows of an optimizer step, where there are enough for STEPS_OF_AN_EPOCH
 STEPS_OF_AN_EPOCH = 20
 FEW, FEW_EPOCHS = 50, 10  # so few rows of sft are seen so often
+LONGEST_QUESTION = 72  # characters, so that a line holds it
 ENOUGH = 1000  # rows: how many more there are changes nothing here
 COMMENT_AT = 44
 ANSWERING = ("sft", "dpo", "kto", "orpo")
@@ -57,13 +60,15 @@ class Wish:
 
     model: str
     data: str
-    goal: str
+    goal: str = "sft"
     rows: int | None = None
     """Usable rows, at most `ENOUGH` of them; None: not known yet."""
+    question: str = "What can you do?"
+    """Asked before and after."""
 
 
-def look_at(data: str) -> tuple[str, int | None]:
-    """The goal that the rows of a data set are for, and how many there are, counted up to `ENOUGH`.
+def look_at(wish: Wish) -> Wish:
+    """The same with what the rows say: the goal they are for, how many there are, and a question of theirs.
 
     Rows that cannot be looked at yet are taken to be for `sft`, and not counted.
 
@@ -71,15 +76,16 @@ def look_at(data: str) -> tuple[str, int | None]:
         InputError: there is no such data set, its rows are of no known form, or they are questions without answers; a
             single row, of which none can be kept back.
     """
-    source = find_dataset(data, None, "--data")
+    source = find_dataset(wish.data, None, "--data")
     if source.remote is not None:
-        return ("dpo" if source.ranking else "pt" if dict(source.columns) == {"prompt": "text"} else "sft"), None
+        goal = "dpo" if source.ranking else "pt" if dict(source.columns) == {"prompt": "text"} else "sft"
+        return replace(wish, goal=goal)
     source = replace(
         source, formatting=None, columns={}, ranking=False
     )  # what the rows are, not what they may be read as
     memory, problems = DigestMemory(Home.open().digests), list[Problem]()
     for shape in ("chat", "text", "prompt"):
-        given = ((source,), DataSettings(dataset=(data,)), RuntimeSettings(), shape, 0, memory)
+        given = ((source,), DataSettings(dataset=(wish.data,)), RuntimeSettings(), shape, 0, memory)
         try:
             step = fetch_step("init", "fetch", *given, split=False)
             holds = source_list(step, {}, memory)[0].form().holds
@@ -87,19 +93,21 @@ def look_at(data: str) -> tuple[str, int | None]:
             problems += error.problems
             continue
         if holds in FITTING:
-            return FITTING[holds], _count(step, data)
+            return _counted(replace(wish, goal=FITTING[holds]), step)
         cure = "Recipes sft_rm_ppo and sft_rm_grpo train on such rows; `llamatuner list recipes`."
-        raise InputError(Problem(f"--data {data}", f"its rows are {HOLDS[holds]}", cure))
+        raise InputError(Problem(f"--data {wish.data}", f"its rows are {HOLDS[holds]}", cure))
     raise InputError(problems, "--data")
 
 
-def _count(step: Step, data: str) -> int:
+def _counted(wish: Wish, step: Step) -> Wish:
     usable = (row for *_, found in converted_rows(step, {}) if not isinstance(found, BadRow) for row in found)
-    count = len(list(islice(usable, ENOUGH)))
-    if count < 2:
-        rule = f"has {count} usable row{'s' * (count != 1)}; one is kept back to measure on"
-        raise InputError(Problem(f"--data {data}", rule, "Give more rows."))
-    return count
+    rows = list(islice(usable, ENOUGH))
+    if len(rows) < 2:
+        rule = f"has {len(rows)} usable row{'s' * (len(rows) != 1)}; one is kept back to measure on"
+        raise InputError(Problem(f"--data {wish.data}", rule, "Give more rows."))
+    asked = (one["content"] for row in rows for one in row.get("messages", ())[:1] if one["role"] == "user")
+    short = (text for text in asked if text.isprintable() and len(text) <= LONGEST_QUESTION)
+    return replace(wish, rows=len(rows), question=next(short, wish.question))
 
 
 def write_recipe(wish: Wish, path: Path) -> str:
@@ -125,6 +133,7 @@ def write_recipe(wish: Wish, path: Path) -> str:
         kept_back = ("1", "row kept back, and measured before and after; one says little")
     packed = goal == "sft" and a_step == GLOBAL_BATCH  # of few rows, packed ones would make too few steps
     epochs = (FEW_EPOCHS if rows < FEW else 3) if goal == "sft" else 1
+    asked = [("  questions:", "answered before and after"), (f"    - {_scalar(wish.question)}", "")]
     lines: list[tuple[str, str]] = [
         (f"# {says.capitalize()}, on {machine.text}.", ""),
         *((f"#   {command:<40} {why}", "") for command, why in next_steps(path).items()),
@@ -150,15 +159,16 @@ def write_recipe(wish: Wish, path: Path) -> str:
         *([("    bf16: true", "half the memory, and faster")] if machine.bf16 else []),
         ("    save_steps: 50", "optimizer steps between checkpoints: at most this much is lost by a kill"),
         ("evaluation:", ""),
-        *([("  questions:", "answered before and after"), ("    - What can you do?", "")] if goal in ANSWERING else []),
+        *(asked if goal in ANSWERING else []),
         ("  compare_with: base", "measured as well, once for all recipes"),
     ]
     return "".join(f"{text:<{COMMENT_AT}}# {why}\n" if why else f"{text}\n" for text, why in lines)
 
 
 def _scalar(text: str) -> str:
-    """A text as YAML."""
-    return text if re.fullmatch(r"[A-Za-z./~][\w./~-]*", text) else json.dumps(text, ensure_ascii=False)
+    """A text as YAML, where `no` and `~` are no texts."""
+    plain = re.fullmatch(r"[A-Za-z./~][\w./~-]*", text) and yaml.safe_load(text) == text
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

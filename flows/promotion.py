@@ -113,9 +113,7 @@ def check_gate(side: Side, conditions: Sequence[Condition], champion: str | None
         if each.other == CHAMPION and champion is None:
             found.append(Checked(each.text, True, reason="there is no champion yet"))
         elif each.other is None:
-            value = number.result["value"]
-            low, high = (number.result.get(end, value) for end in ("low", "high"))
-            found.append(Checked(each.text, each.holds(value, low, high), value, low, high))
+            found.append(_decided(each, number.result))
         else:
             found.append(_against(each, number, others[each.other]))
     return found
@@ -127,9 +125,16 @@ def _against(each: Condition, number: Number, others: Sequence[Measurement]) -> 
     if other is None:
         reason = f"the {each.other} was not measured on these rows; run its recipe with this data set"
         return Checked(each.text, False, reason=reason)
-    away = difference(number, other)
-    values = away["value"], away["low"], away["high"]
-    return Checked(each.text, each.holds(*values), *values)
+    return _decided(each, difference(number, other))
+
+
+def _decided(each: Condition, found: dict[str, Any]) -> Checked:
+    value, low, high = (found.get(name) for name in ("value", "low", "high"))
+    if low is None or high is None:
+        if each.sure:
+            return Checked(each.text, False, value, reason="one row is too few for an interval")
+        return Checked(each.text, each.holds(found["value"], found["value"], found["value"]), value)
+    return Checked(each.text, each.holds(found["value"], low, high), value, low, high)
 
 
 def _numbers(evaluations: Sequence[Measurement]) -> Iterator[Number]:
@@ -189,10 +194,10 @@ def decision_lines(record: dict[str, Any]) -> list[str]:
     """What a gate came to: a line for each condition, and what was done."""
     lines = []
     for each in record["conditions"]:
-        number = each["reason"]
-        if each["value"] is not None:
-            number = f"{each['value']:.4g}, 95 % from {each['low']:.4g} to {each['high']:.4g}"
-        lines.append(f"{'met' if each['met'] else 'not met':<8} {each['condition']}: {number}")
+        parts = [f"{each['value']:.4g}"] if each["value"] is not None else []
+        parts += [f"95 % from {each['low']:.4g} to {each['high']:.4g}"] if each["low"] is not None else []
+        parts += [each["reason"]] if each["reason"] else []
+        lines.append(f"{'met' if each['met'] else 'not met':<8} {each['condition']}: {', '.join(parts)}")
     name = f"{record['model']} version {record['version']}"
     text = f"Failed gate: {name} was not promoted; nothing was moved"
     if record["passed"]:

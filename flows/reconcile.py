@@ -92,7 +92,7 @@ def _end_in_prefect(client: Any, record: RunRecord) -> None:
     for task in _unheard(client.read_task_runs(flow_run_filter=tagged(record))):
         client.set_task_run_state(task.id, _final(steps.get(task.name)), force=True)
     for run in client.read_flow_runs(flow_run_filter=tagged(record)):
-        if run.state and not run.state.is_final():
+        if is_open(run):
             client.set_flow_run_state(run.id, _ended_as(record.values["status"]), force=True)
 
 
@@ -122,8 +122,9 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
     """Wait until Prefect's API has the last words of a run: its log lines, and how its tasks ended.
 
     Task states travel as events, behind the run's back, and the server writes them in batches. A server that is ended
-    before they are in shows a finished task as running for ever. What has not come in time is written directly, from
-    the record.
+    before they are in shows a finished task as running for ever. A server that is slow is waited for while it goes on
+    hearing; what has not come then is written directly, from the record, and what cannot be written yet is left to
+    the next run.
 
     Args:
         record: of the run.
@@ -134,7 +135,7 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
     from prefect.logging.handlers import APILogHandler
 
     APILogHandler().flush()
-    deadline = time.monotonic() + SETTLE_SECONDS
+    deadline, heard = time.monotonic() + SETTLE_SECONDS, 0
     steps = [step for step in record.values.get("steps", []) if step["state"] != "not_run"]
     ended = {f"{step['stage']}/{step['step']}": step["state"] for step in steps}
     try:
@@ -145,6 +146,8 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
                 unknown = sorted(ended.keys() - {run.name for run in known})  # not even their beginning has come
                 if not unheard and not unknown:
                     return
+                if len(known) - len(unheard) > heard:
+                    deadline, heard = time.monotonic() + SETTLE_SECONDS, len(known) - len(unheard)
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.1)
@@ -152,17 +155,35 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
             say(f"Prefect has not heard how these ended, and is told of those it knows: {names}")
             for run in unheard:
                 client.set_task_run_state(run.id, _final(ended.get(run.name)), force=True)
+        if unknown:
+            _leave_open(record, say)
     except HTTPError as error:
         say(f"Prefect's API could not be asked how the run ended: {type(error).__name__}: {error}")
-        try:
-            record.update(left_open=True)
-        except OSError as fault:  # the next run but one finds it out by itself, see `_tell_ends`
-            say(f"nor could that be written down: {fault}")
+        _leave_open(record, say)
+
+
+def _leave_open(record: RunRecord, say: Callable[[str], None]) -> None:
+    """Have the next run close what this one could not."""
+    try:
+        record.update(left_open=True)
+    except OSError as fault:  # the next run but one finds it out by itself, see `_tell_ends`
+        say(f"nor could that be written down: {fault}")
+
+
+def is_open(run: Any) -> bool:
+    """Whether Prefect calls a flow run or task run neither ended nor unknown.
+
+    By the type that the run's own row has: a server that is killed while it writes tasks leaves the row without the
+    state that it names, and the API then gives none.
+    """
+    from prefect.client.schemas.objects import TERMINAL_STATES
+
+    return run.state_type is not None and run.state_type not in TERMINAL_STATES
 
 
 def _unheard(task_runs: list[Any]) -> list[Any]:
     """The tasks that have begun and not ended, as far as the API knows."""
-    return [run for run in task_runs if run.state and (run.state.is_running() or run.state.name == "Pending")]
+    return [run for run in task_runs if run.state_type == "RUNNING" or run.state_name == "Pending"]
 
 
 def _final(state: str | None) -> Any:
@@ -189,8 +210,8 @@ def _crash_flow_runs(record: RunRecord) -> None:
     crashed: Any = Crashed(message="The process died without a word.")
     with get_client(sync_client=True) as client:
         for task_run in client.read_task_runs(flow_run_filter=tagged(record)):
-            if task_run.state and not task_run.state.is_final():
+            if is_open(task_run):
                 client.set_task_run_state(task_run.id, crashed, force=True)
         for run in client.read_flow_runs(flow_run_filter=tagged(record)):
-            if run.state and not run.state.is_final():
+            if is_open(run):
                 client.set_flow_run_state(run.id, crashed, force=True)

@@ -16,6 +16,7 @@ import numpy
 from numpy.typing import NDArray
 
 DRAWS, SEED = 2000, 20
+LEAST_ROWS = 2  # with an interval: drawn from one row, every draw is that row, and nothing would seem surer
 MOST = 5000  # rows that are drawn one by one; of more, neighbours are drawn together
 TOGETHER = 200  # draws at once
 LOW, HIGH = 2.5, 97.5  # per cent

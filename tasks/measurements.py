@@ -16,7 +16,7 @@ import numpy
 
 from registry.errors import InputError, Problem
 from tasks.artifacts import Artifact
-from tasks.intervals import Array, drawn_ratios, limits
+from tasks.intervals import LEAST_ROWS, Array, drawn_ratios, limits
 
 KINDS = ("evaluate", "implicit_reward", "benchmark", "generate", "win_rate")
 """Kinds of the steps that measure a model."""
@@ -117,7 +117,7 @@ def numbers(artifact: Artifact, set_names: Sequence[str] = ()) -> Iterator[Numbe
         rule = "was measured by an earlier version, which kept less"
         raise InputError(Problem(f"{artifact.step}/{artifact.path.name}", rule, "Run its recipe again."))
     with numpy.load(artifact.path / DRAWN, allow_pickle=False) as drawn:
-        for name, result in _stored(artifact.path).items():
+        for name, result in stored_results(artifact.path).items():
             metric, _, position = name.rpartition(".")
             rows = result.get(DOCUMENTS) or artifact.manifest["inputs"][f"set.{position}"]["digest"]
             yield Number(metric, set_names[int(position)] if set_names else position, rows, result, drawn[name])
@@ -132,12 +132,17 @@ def read_results(artifact: Path, set_names: Sequence[str]) -> dict[str, dict[str
 def by_set(artifact: Path, set_names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Data set by its present name → metric → the same."""
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in set_names}
-    for key, result in _stored(artifact).items():
+    for key, result in stored_results(artifact).items():
         metric, _, position = key.rpartition(".")
         results[set_names[int(position)]][metric] = result
     return results
 
 
-def _stored(artifact: Path) -> dict[str, dict[str, Any]]:
+def stored_results(artifact: Path) -> dict[str, dict[str, Any]]:
+    """`<metric>.<position of the data set>` → what was written, without intervals of too few rows."""
     stored: dict[str, dict[str, Any]] = json.loads((artifact / RESULTS).read_text(encoding="utf-8"))
+    for result in stored.values():
+        if result["rows"] < LEAST_ROWS:
+            result.pop("low", None)
+            result.pop("high", None)
     return stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from flows.cli.output import DONE, people, print_json
@@ -29,14 +30,14 @@ def begin(path: Path | None, model: str | None, data: str | None, goal: str | No
         "--model", "Model (a name of `llamatuner list models`, a hub id, a folder)", next(iter(MODELS))
     )
     data = data or _ask("--data", "Data (a file, folder, URL, hub id, or a name of `llamatuner list datasets`)", None)
-    found, rows = look_at(data)
+    wish = look_at(Wish(model, data))
     if goal is None:
-        goal = _ask_goal(found, GOALS)
+        goal = _ask_goal(wish.goal, GOALS)
         console.print(f"goal: {goal}, {GOALS.get(goal, '')}", markup=False)
     path = path or Path(f"{Path(data).stem or 'mine'}-{goal}.yaml")
     if path.exists():
         raise InputError(Problem(str(path), "is there; nothing is written over", "Name a new file."))
-    text = write_recipe(Wish(model, data, goal, rows), path)
+    text = write_recipe(replace(wish, goal=goal), path)
     path.write_text(text, encoding="utf-8")
     try:
         load_recipe(str(path), [])

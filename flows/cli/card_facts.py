@@ -213,7 +213,8 @@ def _results(pipeline: Pipeline, stage: str, artifacts: Artifacts) -> Iterator[R
     befores = _numbers(pipeline.measured[own.before].steps, artifacts) if own.before else {}
     for name, result in _numbers(own.steps, artifacts).items():
         before = befores[name]["value"] if name in befores else None
-        yield Result(name, result["rows"], result["value"], before, (result["low"], result["high"]))
+        limits = (result["low"], result["high"]) if "low" in result else None
+        yield Result(name, result["rows"], result["value"], before, limits)
 
 
 def _numbers(steps: tuple[Step, ...], artifacts: Artifacts) -> dict[str, dict[str, Any]]:

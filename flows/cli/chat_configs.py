@@ -37,8 +37,8 @@ def read_words(words: Sequence[str], overrides: Sequence[str]) -> tuple[list[str
         unknown = next(word for word in words if word.startswith(FLAG))
         raise InputError(Problem(unknown, "no such option", "See --help; settings are given as --set KEY=VALUE."))
     raw, _ = read_config(words)
-    if not isinstance(raw, dict):
-        raise InputError(Problem(raw, "is a recipe, not a config of a chat", "Name its model: RECIPE or RECIPE:STAGE."))
+    if not isinstance(raw, dict):  # a recipe, which means what its newest run made
+        return list(words), read_chat(overrides)
     return _models(raw), _settings(raw, overrides)
 
 

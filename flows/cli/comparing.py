@@ -97,7 +97,7 @@ def _short(value: Any) -> str:
 
 
 def _number(console: Console, row: Measured) -> None:
-    console.print(Text(f"{row.metric}, {row.rows:,} rows", style="bold"))
+    console.print(Text(f"{row.metric}, {row.rows:,} {'row' if row.rows == 1 else 'rows'}", style="bold"))
     for number, (result, difference) in enumerate(zip(row.results, row.differences, strict=True)):
         if result is None:
             console.print(Text(f"   {letter(number)}  –"))
@@ -108,7 +108,8 @@ def _number(console: Console, row: Measured) -> None:
         console.print(Text(line.rstrip()))
         if difference:
             what = "differs" if difference["real"] else "may be chance"
-            limits = f"95 %: {difference['low']:+.3g} to {difference['high']:+.3g}"
-            style = "green" if difference["real"] else "dim"
-            console.print(Text(f"      {difference['value']:+.3g}   {limits}: {what}", style=style))
+            text = f"      {difference['value']:+.3g}"
+            if "low" in difference:
+                text += f"   95 %: {difference['low']:+.3g} to {difference['high']:+.3g}"
+            console.print(Text(f"{text}: {what}", style="green" if difference["real"] else "dim"))
     console.print()

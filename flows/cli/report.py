@@ -96,6 +96,8 @@ def _value(found: dict[str, Any], before: dict[str, Any] | None) -> str:
         text = f"{old:{_form(old)}} before, {value:{_form(value)}} after{share}"
     if "low" in found:
         text += f"; 95 % from {found['low']:.3g} to {found['high']:.3g}, {found['rows']:,} rows"
+    elif found.get("rows") == 1:
+        text += "; one row, too few for an interval"
     return text
 
 

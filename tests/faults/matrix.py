@@ -203,7 +203,7 @@ def _go_on(ground: Ground, home: Path, cell: Cell, before: int, allowed: tuple[s
     try:
         require_nothing_open(home)
     except AssertionError as error:
-        cell.faults.append(f"left open: {str(error).strip().splitlines()[0][:80]}")
+        cell.faults.append(f"left open: {str(error).strip().splitlines()[0][:160]}")
 
 
 @contextmanager

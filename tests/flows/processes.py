@@ -119,12 +119,14 @@ def require_nothing_open(home: Path, database: Path | None = None) -> None:
         AssertionError: something is.
     """
     database = database or prefect_database(home)
-    assert "RUNNING" not in mlflow_states(home)
-    assert "RUNNING" not in prefect_states(database)
+    assert "RUNNING" not in mlflow_states(home), f"in MLflow: {mlflow_states(home)}"
+    assert "RUNNING" not in prefect_states(database), f"in Prefect: {prefect_states(database)}"
     running = "SELECT flow_run_id || ' ' || name FROM task_run WHERE state_type = 'RUNNING' OR state_name = 'Pending'"
-    assert _column(database, running) == []
-    assert "running" not in record_states(home)
-    assert list((home / "work").iterdir()) == []
+    left = _column(database, running)
+    assert left == [], f"tasks in Prefect: {left}"
+    assert "running" not in record_states(home), f"records: {record_states(home)}"
+    work = [path.name for path in (home / "work").iterdir()]
+    assert work == [], f"work: {work}"
     for path in (home / "locks").rglob("*"):
         if path.is_file():
             with try_lock(path) as free:

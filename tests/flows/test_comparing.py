@@ -71,6 +71,8 @@ def test_the_settings_that_differ_are_named_and_no_others(runs: list[str], capsy
     assert answer["sides"] == [{"name": run, "run": run, "stage": "sft"} for run in runs[:2]]
     assert "train: train.learning_rate  0.01  0.05" in told
     assert all(len(line) <= 80 for line in told.splitlines())
+    before, _ = ask(capsys, "toy~1", "toy")
+    assert [side["run"] for side in before["sides"]] == runs[:2]
 
 
 def test_a_difference_is_that_of_paired_rows(runs: list[str], home: Path, capsys: Capture) -> None:
@@ -148,6 +150,7 @@ def test_the_page_is_one_file_with_its_pictures(runs: list[str], tmp_path: Path,
         (["toy"], "1 to compare. Name two to 7 runs"),
         (["toy", "toi"], "no completed run has that name. Did you mean toy?"),
         (["toy", "20"], "completed runs begin with '20'"),
+        (["toy", "toy~9"], "toy~9: toy has"),
         (["toy", "toy:dpo"], "stage 'dpo' was not measured. Measured: sft."),
     ],
 )

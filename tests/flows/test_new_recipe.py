@@ -61,7 +61,17 @@ def test_few_rows_make_a_recipe_that_trains_on_them(
     train = stage.train
     assert (stage.data.val_size, train.num_train_epochs, stage.data.packing) == (kept_back, epochs, packing)
     assert train.per_device_train_batch_size * train.gradient_accumulation_steps == a_step
+    assert load_recipe("few.yaml", []).evaluation.questions == ("say 0",)
     assert run_app(["check", "few.yaml"]) == 0
+
+
+@pytest.mark.parametrize("question", ["no", "~", "What: is it? # 你", 'say "x"', "- a"])
+def test_what_is_asked_is_what_stands_in_the_rows(here: Path, question: str) -> None:
+    tiny_model(here / "model")
+    rows = [{"instruction": text, "output": "x"} for text in ("a" * 200, "two\nlines", question)]
+    (here / "no.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_app(["init", "few.yaml", "--model", "model", "--data", "no.jsonl"]) == 0
+    assert load_recipe("few.yaml", []).evaluation.questions == (question,)
 
 
 def test_a_single_row_is_refused(here: Path, capsys: Capture) -> None:

@@ -101,6 +101,24 @@ def test_what_may_be_chance_is_refused_where_the_whole_interval_counts(
     assert champion(home) == passed["version"] != first["version"]
 
 
+def test_one_row_has_no_interval_and_decides_nothing_where_the_whole_interval_counts(
+    ids: dict[str, str], home: Path, capsys: Capture
+) -> None:
+    recipe = str(home.parent / "recipe" / "toy.json")
+    one = toy_recipe(home.parent / "recipe", 12).parent / "one.jsonl"
+    one.write_text((one.parent / "held_out.jsonl").read_text().splitlines()[0] + "\n")
+    measured, _ = ask(capsys, "run", recipe, "--set", "evaluation.perplexity=[one.jsonl]")
+    found, before = (measured["results"][name]["perplexity.one"] for name in ("sft", "base"))
+    assert found["value"] < before["value"]
+    assert "low" not in found
+    run = max(path.stem for path in (home / "runs").glob("*.json"))
+    refused, told = ask(capsys, "promote", run, "--gate", "perplexity.one - base < 0 at 95%", code=1)
+    assert refused["conditions"][0]["value"] == pytest.approx(found["value"] - before["value"])
+    assert "one row is too few for an interval" in " ".join(told.split())
+    passed, _ = ask(capsys, "promote", run, "--gate", "perplexity.one - base < 0")
+    assert passed["passed"]
+
+
 @pytest.mark.parametrize(("sign", "passes"), [("<=", True), ("<", False)])
 def test_an_equal_one_is_promoted_as_the_rule_says(
     ids: dict[str, str], home: Path, capsys: Capture, sign: str, passes: bool
