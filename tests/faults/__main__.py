@@ -1,4 +1,7 @@
-"""All faults, as a table: `make test-faults`, or `python -m tests.faults PLACE EVENT …` for some."""
+"""All faults, as a table: `make test-faults`, or `python -m tests.faults PLACE EVENT …` for some.
+
+`train merge` are two places with every event, `train SIGTERM` is one cell, `served train` what a server does to it.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.events import ALONE, SERVED
-from tests.faults.ground import Ground, undisturbed
+from tests.faults.ground import PLACES, Ground, undisturbed
 from tests.faults.matrix import HEAD, Cell, alone, cells, served
 from tests.flows.processes import copy_home
 from tests.flows.toy import run
 
+KINDS = ("alone", "served")
+
 
 def main(wanted: list[str]) -> int:
-    """Run the faults at some places, of some events, or `alone` or `served`; 1 when one of them is not good."""
+    """Run the faults at some places, of some events, `alone` or `served`; 1 when one of them is not good."""
+    unknown = [word for word in wanted if word not in {*PLACES, *ALONE, *SERVED, *KINDS}]
+    if unknown:
+        sys.exit(
+            f"{', '.join(unknown)}: no place ({', '.join(PLACES)}), event ({', '.join([*ALONE, *SERVED])}) or kind"
+        )
     os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         os.environ.pop(name, None)
     chosen = {
-        kind: [(place, event) for place, event in cells(events) if not wanted or {place, event, kind} & set(wanted)]
+        kind: [cell for cell in cells(events) if _is_wanted({*cell, kind}, set(wanted))]
         for kind, events in (("alone", ALONE), ("served", SERVED))
     }
     print(HEAD, flush=True)
@@ -48,6 +58,12 @@ def main(wanted: list[str]) -> int:
     bad = sum(bool(cell.faults) for cell in found)
     print(f"{len(found)} faults, {len(found) - bad} good, {bad} not")
     return 1 if bad else 0
+
+
+def _is_wanted(cell: set[str], wanted: set[str]) -> bool:
+    """Whether a cell has one of the places, one of the events and one of the kinds that are wanted, where some are."""
+    groups = (set(PLACES), {*ALONE, *SERVED}, set(KINDS))
+    return all(cell & group & wanted or not group & wanted for group in groups)
 
 
 def _told(found: list[Cell], cell: Cell) -> None:
