@@ -15,7 +15,7 @@ help:
 	@echo "make bench-ppo MODEL=FOLDER PEER=FOLDER   time PPO beside TRL 1.12 in PEER (about 5 minutes)"
 	@echo "make bench-memory   estimated and measured memory of training (about 15 minutes)"
 	@echo "make bench-overhead MODEL=FOLDER   the demo with and without Prefect and MLflow (about 15 minutes)"
-	@echo "make docs   write docs/settings.md and docs/coming-from-llama-factory.md anew from the tables"
+	@echo "make docs   write the pages made from tables anew, and all of docs/ as a site, build/site/index.html"
 	@echo "make lock   write requirements.lock anew from what pyproject.toml allows"
 
 install:
@@ -41,6 +41,9 @@ bench-data: install
 docs: install
 	@$(BIN)/python -m registry.settings_page > docs/settings.md
 	@$(BIN)/python -m registry.old_keys_page > docs/coming-from-llama-factory.md
+	@$(BIN)/python -m registry.templates_page > docs/templates.md
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 bench-train: install
 	@$(BIN)/python -m tests.benchmarks.train $(MODEL) $(BENCH)

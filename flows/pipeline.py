@@ -25,6 +25,7 @@ from flows.planning import plan
 from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, samples_page, step_page
 from flows.preflight import preflight, require_rows
 from flows.reconcile import reconcile, tag_flow_run
+from flows.runner import drop_events
 from flows.services import without_credentials
 from flows.session import Session, stopping
 from flows.submitting import BAD_INPUT_MARK
@@ -141,6 +142,9 @@ def pipeline(
             _run(session)
         finally:
             status = session.finish()
+            dropped = drop_events(str(PREFECT_API_URL.value() or ""))
+            if dropped:
+                session.view.say(f"Prefect's server is gone; {dropped} events are dropped, the next run tells the end")
             session.view.close()
         pages.write(results_page, session)
         pages.finish()

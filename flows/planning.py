@@ -84,7 +84,8 @@ def _why(step: Step, ready: Ready, store: Store, everything: list[Artifact]) -> 
         reason = "manifest.json is missing or unreadable" if artifact is None else damage(artifact)
         if reason:
             return [f"the artifact is damaged: {reason}"]
-    found = nearest(ready, step.label, everything)
+    # of other data or another stage everything differs, which explains nothing
+    found = nearest(ready, step.label, [each for each in everything if each.manifest.get("label") == step.label])
     if found is None:
         return ["not made before"]
     artifact, lines = found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
+from queue import Empty
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from flows.session import Session
@@ -53,3 +56,32 @@ def flush_events() -> None:
     from prefect.events.worker import EventsWorker
 
     EventsWorker.drain_all(FLUSH_SECONDS)
+
+
+def drop_events(api: str) -> int:
+    """Drop what Prefect has not told its server yet if nobody listens there any more; how many events that were.
+
+    Prefect tries every event for a minute, one behind the other, and its process stays for as long after its end. What
+    the events would have said stands in the run's record, from which the next run tells it.
+
+    Args:
+        api: address of Prefect's API. One that does not answer may be busy and is waited for, one that refuses is gone.
+    """
+    from prefect.events.worker import EventsWorker
+
+    place, dropped = urlsplit(api), 0
+    try:
+        port = place.port or {"https": 443}.get(place.scheme, 80)
+        socket.create_connection((place.hostname or "", port), timeout=1.0).close()
+    except ConnectionRefusedError:
+        for worker in list(EventsWorker._instances.values()):  # type: ignore[misc] # there is no public way to them
+            try:
+                while True:
+                    worker._queue.get_nowait()
+                    worker._queue.task_done()
+                    dropped += 1
+            except Empty:
+                continue
+    except OSError:
+        return 0
+    return dropped

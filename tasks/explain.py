@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,15 +10,18 @@ from tasks.artifacts import Artifact
 from tasks.steps import Ready
 
 ABSENT = object()
+DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")  # of which the beginning is enough to tell two apart
 LONGEST_VALUE = 60  # characters; templates and lists are cut in the middle of a sentence
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted paths.
+    """Nested mappings, also in lists, as dotted paths.
 
-    >>> flatten({"a": {"b": 1}, "c": [2]})
-    {'a.b': 1, 'c': [2]}
+    >>> flatten({"a": {"b": 1}, "c": [2], "d": [{"e": 3}]})
+    {'a.b': 1, 'c': [2], 'd.0.e': 3}
     """
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping) and value:
         flat: dict[str, Any] = {}
         for name, item in value.items():
@@ -38,7 +42,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def _short(value: Any) -> str:
-    text = "unset" if value is ABSENT else str(value)
+    text = "unset" if value is ABSENT else DIGEST.sub(r"\1…", str(value))
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +15,8 @@ import pytest
 from typer.main import get_command
 
 from flows.cli.app import app
+from registry.templates_page import templates_page
+from tasks.formats import detect
 
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "README_zh.md", PROJECT / "CONTRIBUTING.md", *PROJECT.glob("docs/*.md")]
@@ -54,6 +60,33 @@ def test_links_lead_to_files(path: Path) -> None:
         assert (path.parent / target).exists(), f"{path.name}: {target}"
     for target in re.findall(r"\bdocs/[a-z-]+\.md", path.read_text(encoding="utf-8")):
         assert (PROJECT / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_site_builds_with_every_page_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=PROJECT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, timeout=300)
+    settings = (PROJECT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PROJECT.glob("docs/*.md"):
+        assert f": {page.name}\n" in settings, f"{page.name} is not in the site's contents"
+        text = (tmp_path / f"{page.stem}.html").read_text(encoding="utf-8")
+        assert re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?https?:[^>]*""", text) == []
+
+
+def test_every_form_of_the_data_page_is_found_as_it_says() -> None:
+    page = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
+    shapes = {"alpaca": "chat", "sharegpt": "chat", "openai": "chat", "pairs": "preference", "marked": "labelled"}
+    shapes |= {"text": "text", "prompts": "prompt"}
+    found = re.findall(r"^### (\w+)\n.*?^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert [name for name, _ in found] == list(shapes)
+    for name, row in found:
+        form = detect(json.loads(row), shapes[name])
+        assert form is not None, name
+        assert form.holds == shapes[name]
+        assert name not in ("alpaca", "sharegpt", "openai") or form.formatting == name
+
+
+def test_pages_made_from_tables_are_as_their_tables() -> None:
+    assert (PROJECT / "docs" / "templates.md").read_text(encoding="utf-8") == templates_page()
 
 
 def test_the_chinese_readme_prints_the_same_commands() -> None:

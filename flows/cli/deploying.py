@@ -88,6 +88,7 @@ def submit_recipe(recipe: str, overrides: list[str], following: bool, as_json: b
         console.print(text, markup=False, soft_wrap=True)
 
     with shared_api(home) as api:
+        from httpx import HTTPError
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
@@ -103,6 +104,12 @@ def submit_recipe(recipe: str, overrides: list[str], following: bool, as_json: b
             except KeyboardInterrupt:
                 say(f"no longer followed; the run goes on. To cancel it: {cancel}")
                 return _told(answer | {"status": "submitted", "message": None}, INTERRUPTED, as_json)
+            except HTTPError as error:
+                lost = (
+                    f"Prefect's server is gone ({type(error).__name__}), so the run is no longer followed; it may go on"
+                )
+                say_error(f"{lost}. Start the server again with `llamatuner up`; `llamatuner status` shows runs.")
+                return _told(answer | {"status": "submitted", "message": lost}, INTERRUPTED, as_json)
     code = _exit_code(state)
     if code in (FAILED, BAD_INPUT):
         say_error(str(state.message))
