@@ -25,7 +25,7 @@ from flows.planning import plan
 from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, samples_page, step_page
 from flows.preflight import preflight, require_rows
 from flows.reconcile import reconcile, tag_flow_run
-from flows.runner import drop_events
+from flows.runner import give_up_server, leave, server_is_gone
 from flows.services import without_credentials
 from flows.session import Session, stopping
 from flows.submitting import BAD_INPUT_MARK
@@ -40,6 +40,9 @@ from tasks.steps import Step
 
 SESSION: ContextVar[Session | None] = ContextVar("llamatuner_session", default=None)
 PAGES: ContextVar[Pages] = ContextVar("llamatuner_pages")
+NO_SERVER = (
+    "Prefect's server died, and no step begins without one. What was finished is kept."
+)
 RETRY_SECONDS = (1.0, 10.0)  # before the second and the third attempt; waited for here, where a stop request is heard
 THREADS = sys.maxsize  # one per step: Prefect lets a task wait for its inputs in a thread of the pool
 
@@ -125,7 +128,8 @@ def pipeline(
         data_only: Stop after the data steps: fetch, render, tokenize.
     """
     session = SESSION.get()
-    if session is None:  # started by Prefect: a deployment or its UI
+    by_prefect = session is None
+    if session is None:  # a deployment or its UI
         logger = get_run_logger()
         try:
             session = _open(load_recipe(recipe or None, overrides, settings), data_only, logger.info)
@@ -141,12 +145,17 @@ def pipeline(
         try:
             _run(session)
         finally:
+            gone = server_is_gone(str(PREFECT_API_URL.value() or ""), session.stop)
+            if gone and len(session.outcomes) < len(session.pipeline.steps):
+                session.failed.setdefault("prefect", ConnectionError(NO_SERVER))
             status = session.finish()
-            dropped = drop_events(str(PREFECT_API_URL.value() or ""))
-            if dropped:
-                session.view.say(f"Prefect's server is gone; {dropped} events are dropped, the next run tells the end")
+            if gone:
+                give_up_server(session.record, session.view.say)
             session.view.close()
-        pages.write(results_page, session)
+            if by_prefect:
+                leave(0 if status == "completed" else 1)
+        if not gone:
+            pages.write(results_page, session)
         pages.finish()
     if status == "completed":
         made = sum(outcome.state == "ran" for outcome in session.outcomes.values())

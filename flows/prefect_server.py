@@ -24,6 +24,8 @@ from tasks.servers import PREFECT, read_servers
 
 START_SECONDS = 120.0  # a new database took 8 to 11 s on two busy cores
 STOP_SECONDS = 5.0
+QUIET = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL"}
+"""What a person is to know of Prefect in a run on a terminal, the run says itself."""
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Ite
     """
     os.environ.setdefault(HEARTBEAT, str(HEARTBEAT_SECONDS))
     if "PREFECT_API_URL" not in os.environ:
-        os.environ |= prefect_environment(home) | {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+        os.environ |= prefect_environment(home) | QUIET
     if os.environ.get("PREFECT_API_URL"):
         yield os.environ["PREFECT_API_URL"]
         return

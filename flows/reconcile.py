@@ -156,13 +156,13 @@ def settle(record: RunRecord, say: Callable[[str], None]) -> None:
             for run in unheard:
                 client.set_task_run_state(run.id, _final(ended.get(run.name)), force=True)
         if unknown:
-            _leave_open(record, say)
+            leave_open(record, say)
     except HTTPError as error:
         say(f"Prefect's API could not be asked how the run ended: {type(error).__name__}: {error}")
-        _leave_open(record, say)
+        leave_open(record, say)
 
 
-def _leave_open(record: RunRecord, say: Callable[[str], None]) -> None:
+def leave_open(record: RunRecord, say: Callable[[str], None]) -> None:
     """Have the next run close what this one could not."""
     try:
         record.update(left_open=True)

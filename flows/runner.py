@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Sequence
-from queue import Empty
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from flows.reconcile import leave_open, run_tag, settle
+from flows.run_records import RunRecord
 
 if TYPE_CHECKING:
     from flows.session import Session
 
 FLUSH_SECONDS = 5.0
+RESTART_SECONDS = 60.0  # how long a server may be away when a run ends
+GIVEN_UP = threading.Event()
+"""Set when this process has nobody to report to any more."""
 
 
 def import_prefect() -> None:
@@ -33,7 +42,6 @@ def run_flow(session: Session, labels: Sequence[str] = ()) -> str:
     from prefect.exceptions import TerminationSignal
 
     from flows.pipeline import SESSION, pipeline
-    from flows.reconcile import run_tag, settle
 
     token, recipe = SESSION.set(session), session.pipeline.recipe
     try:
@@ -42,7 +50,8 @@ def run_flow(session: Session, labels: Sequence[str] = ()) -> str:
     except (KeyboardInterrupt, TerminationSignal):
         session.stop.set()  # a second signal, or one that met Prefect's handler: what is open is closed below
     except Exception as error:  # noqa: BLE001 - the flow's own failures come back as a state: this is Prefect's API
-        session.failed.setdefault("prefect", error)
+        if not GIVEN_UP.is_set():
+            session.failed.setdefault("prefect", error)
     finally:
         SESSION.reset(token)
         settle(session.record, session.view.say)
@@ -58,30 +67,50 @@ def flush_events() -> None:
     EventsWorker.drain_all(FLUSH_SECONDS)
 
 
-def drop_events(api: str) -> int:
-    """Drop what Prefect has not told its server yet if nobody listens there any more; how many events that were.
-
-    Prefect tries every event for a minute, one behind the other, and its process stays for as long after its end. What
-    the events would have said stands in the run's record, from which the next run tells it.
+def server_is_gone(api: str, stop: threading.Event) -> bool:
+    """Whether nobody has listened at an address for `RESTART_SECONDS`; a server that is slow, or far away, is not gone.
 
     Args:
-        api: address of Prefect's API. One that does not answer may be busy and is waited for, one that refuses is gone.
+        api: address of Prefect's API.
+        stop: when set, one refusal is enough.
     """
-    from prefect.events.worker import EventsWorker
+    place, deadline = urlsplit(api), time.monotonic() + RESTART_SECONDS
+    port = place.port or {"https": 443}.get(place.scheme, 80)
+    while True:
+        try:
+            socket.create_connection((place.hostname or "", port), timeout=1.0).close()
+        except ConnectionRefusedError:
+            if stop.wait(1.0) or time.monotonic() > deadline:
+                return True
+        except OSError:
+            return False
+        else:
+            return False
 
-    place, dropped = urlsplit(api), 0
-    try:
-        port = place.port or {"https": 443}.get(place.scheme, 80)
-        socket.create_connection((place.hostname or "", port), timeout=1.0).close()
-    except ConnectionRefusedError:
-        for worker in list(EventsWorker._instances.values()):  # type: ignore[misc] # there is no public way to them
-            try:
-                while True:
-                    worker._queue.get_nowait()
-                    worker._queue.task_done()
-                    dropped += 1
-            except Empty:
-                continue
-    except OSError:
-        return 0
-    return dropped
+
+def give_up_server(record: RunRecord, say: Callable[[str], None]) -> None:
+    """Tell nothing more to a server that is gone; the next run tells it how this one ended.
+
+    Prefect tries every call and every batch of log lines for a minute, one behind the other. From here on it tries
+    once, in all threads: they share these settings.
+    """
+    from prefect.settings import get_current_settings
+
+    say("Prefect's server is gone; the next run tells it how this one ended")
+    leave_open(record, say)
+    get_current_settings().client.max_retries = 0
+    GIVEN_UP.set()
+
+
+def leave(code: int) -> None:
+    """End this process at once if its server was given up.
+
+    Prefect would first try for ten seconds to send each of its events, of which a run has dozens.
+
+    Args:
+        code: exit code.
+    """
+    if GIVEN_UP.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -19,6 +19,8 @@ def main() -> None:
         code = run_app()
     except KeyboardInterrupt:  # while the command line itself was loaded
         code = 130
+    if "flows.runner" in sys.modules:
+        sys.modules["flows.runner"].leave(code)
     sys.exit(code)
 
 

@@ -12,7 +12,7 @@ from flows.cli.output import BAD_INPUT, DONE, FAILED, INTERRUPTED, people, print
 from flows.cli.report import print_report
 from flows.graph import Pipeline, build, gated
 from flows.planning import PlannedStep, plan
-from flows.run_records import last_with_keys, records
+from flows.run_records import last_with_keys, records, unclosed
 from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
@@ -60,8 +60,8 @@ def run_recipe(
 
 
 def _settled(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> bool:
-    """Whether nothing is to be done: no step, no run that died to be closed, no gate that nobody has decided."""
-    if any(line.state != "cached" for line in lines) or any(record.died() for record in records(home)):
+    """Whether nothing is to be done: no step, no run that could not be closed, no gate that nobody has decided."""
+    if any(line.state != "cached" for line in lines) or any(unclosed(record) for record in records(home)):
         return False
     if gated(pipeline) is None or not pipeline.recipe.evaluation.gate:
         return True

@@ -67,7 +67,7 @@ def one_round(recipe: str, override: str, folder: Path) -> dict[str, float]:
     ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
     run("up", *ports, LLAMATUNER_HOME=str(served))
     try:
-        run("deploy", "pipeline", LLAMATUNER_HOME=str(served))
+        run("deploy", "pipeline", recipe, LLAMATUNER_HOME=str(served))
         found[SERVED] = timed(["-m", "flows", "submit", *given], served)
     finally:
         run("down", LLAMATUNER_HOME=str(served))

@@ -124,7 +124,7 @@ def alone(ground: Ground, place_name: str, event_name: str, home: Path) -> Cell:
         _out(met.command, cell)
         _no_orphans(lambda: processes(home), cell)
         met.undo()
-        _go_on(ground, home, cell, before, allowed)
+        _go_on(ground, home, cell, before, _allowed(place, allowed))
     return cell
 
 
@@ -155,8 +155,13 @@ def served(ground: Ground, place_name: str, event_name: str, home: Path) -> Cell
     run("up", LLAMATUNER_HOME=str(home))
     if event_name == "SIGKILL Prefect":
         time.sleep(HEARD_SECONDS)  # before that, a run that has just ended may still be telling Prefect
-    _go_on(ground, home, cell, before, allowed)
+    _go_on(ground, home, cell, before, _allowed(place, allowed))
     return cell
+
+
+def _allowed(place: Place, states: tuple[str, ...]) -> tuple[str, ...]:
+    """States that a run may end in: behind its last step, one that is told to stop has nothing left to stop."""
+    return (*states, "completed") if place.name == "promote" and "cancelled" in states else states
 
 
 def _running(home: Path) -> int:

@@ -128,6 +128,25 @@ def test_a_run_told_to_stop_closes_what_it_opened_and_the_next_goes_on(
     require_nothing_open(home, served)
 
 
+def test_a_run_whose_prefect_server_dies_ends_with_its_step_and_the_next_one_goes_on(
+    two: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    copy_home(two["home"], home, *TRAINED_AND_MERGED)
+    process = start("run", two["recipe"], "--json")
+    wait_until(lambda: checkpoint(home) > 2, process)
+    kill([member for member in tree(process) if "flows.prefect_server" in member.cmdline()])
+    answer, told = finish(process, 1)  # in two minutes or so, in which the server could have come back
+    assert (answer["status"], len(answer["steps"])) == ("failed", 4)
+    assert "Prefect's server died, and no step begins without one." in " ".join(told.split())
+    assert "Event(" not in told
+    assert adapter(home) == adapter(two["home"])  # the training went on to its end
+    again = run("run", two["recipe"])
+    states = {step["step"]: step["state"] for step in again["steps"]}
+    assert (again["status"], states["train"], states["merge"]) == ("completed", "cached", "ran")
+    require_nothing_open(home)
+
+
 def logged_steps(home: Path, root: str) -> list[int]:
     """Steps at which the loss of a pipeline run's stage was logged."""
     from mlflow.tracking import MlflowClient
