@@ -40,9 +40,7 @@ from tasks.steps import Step
 
 SESSION: ContextVar[Session | None] = ContextVar("llamatuner_session", default=None)
 PAGES: ContextVar[Pages] = ContextVar("llamatuner_pages")
-NO_SERVER = (
-    "Prefect's server died, and no step begins without one. What was finished is kept."
-)
+NO_SERVER = "Prefect's server died, and no step begins without one. What was finished is kept."
 RETRY_SECONDS = (1.0, 10.0)  # before the second and the third attempt; waited for here, where a stop request is heard
 THREADS = sys.maxsize  # one per step: Prefect lets a task wait for its inputs in a thread of the pool
 
