@@ -16,6 +16,7 @@ from contextvars import copy_context
 from typing import Any
 
 from httpx import HTTPError
+from prefect.exceptions import CancelledRun, FailedRun
 from prefect.logging.handlers import PrefectConsoleHandler
 
 PAUSE = 30.0  # seconds in which pages are left out when one could not be written
@@ -78,6 +79,16 @@ def outlive_reader() -> None:
     for handler in {handler for name in names for handler in logging.getLogger(name).handlers}:
         if isinstance(handler, PrefectConsoleHandler):
             handler.console.on_broken_pipe = _print_nowhere  # type: ignore[method-assign]
+
+
+def end_without_traceback() -> None:
+    """Keep Prefect's traceback out of the log of a run that ends otherwise than completed: why is said already."""
+    logging.getLogger("prefect.flow_runs").addFilter(_is_no_echo)
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, CancelledRun | FailedRun)  # the flow's own last state, raised by Prefect to itself
 
 
 def _print_nowhere() -> None:

@@ -20,7 +20,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.graph import build
-from flows.pages import Pages, outlive_reader
+from flows.pages import Pages, end_without_traceback, outlive_reader
 from flows.planning import plan
 from flows.prefect_pages import ProgressPage, plan_page, preview_page, results_page, samples_page, step_page
 from flows.preflight import preflight, require_rows
@@ -137,6 +137,7 @@ def pipeline(
         SESSION.set(session)
         tag_flow_run(session.record, str(flow_run.get_id()))
         outlive_reader()
+        end_without_traceback()
     pages = Pages(session.view.say)
     PAGES.set(pages)
     with stopping(session.stop, session.view.say):
@@ -144,11 +145,11 @@ def pipeline(
             _run(session)
         finally:
             gone = server_is_gone(str(PREFECT_API_URL.value() or ""), session.stop)
-            if gone and len(session.outcomes) < len(session.pipeline.steps):
-                session.failed.setdefault("prefect", ConnectionError(NO_SERVER))
-            status = session.finish()
             if gone:
                 give_up_server(session.record, session.view.say)
+                if len(session.outcomes) < len(session.pipeline.steps):
+                    session.failed.setdefault("prefect", ConnectionError(NO_SERVER))
+            status = session.finish()
             session.view.close()
             if by_prefect:
                 leave(0 if status == "completed" else 1)

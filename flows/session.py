@@ -164,7 +164,9 @@ class Session:
             if outcome:
                 lines.append(outcome_json(step, outcome))
             elif step.title in self.failed:
-                lines.append(name | {"state": "failed"} | empty)
+                error = self.failed[step.title]
+                told = {} if isinstance(error, Interrupted) else {"error": _told(error)}
+                lines.append(name | {"state": "failed"} | empty | told)
             elif step.title in waiting:
                 lines.append(name | {"state": "not_run"} | empty | {"because": waiting[step.title]})
         return lines

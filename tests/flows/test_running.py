@@ -162,6 +162,8 @@ def test_an_error_found_inside_a_step_ends_every_run_as_failed(copied: Path, hom
     assert answer["status"] == "failed"
     found = states(answer)
     assert found["sft/tokenize"] == "failed"
+    failed = next(step for step in answer["steps"] if step["step"] == "tokenize")
+    assert "cutoff_len: none of 24 rows can be used." in failed["error"]
     assert found["sft/render"] == "ran"
     assert set(mlflow_states(home)[tracked:]) == {"FAILED"}
     assert prefect_states(served)[runs:] == ["FAILED"]
