@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from registry.errors import InputError, Problem
 from tasks.go_template import evaluate, quoted
@@ -272,6 +273,29 @@ def stop_texts(template: ChatTemplate, eos: Sequence[str]) -> tuple[str, ...]:
             joint = ""
         found += joint.splitlines()[:1]
     return tuple(dict.fromkeys(found))
+
+
+def folder_modelfile(folder: Path, template: ChatTemplate, gguf: str, adds_bos: bool) -> tuple[str, tuple[str, ...]]:
+    """The text of a model folder's Modelfile, and what is otherwise in Ollama.
+
+    Args:
+        folder: config, generation config, tokenizer.
+        template: the folder's, as the model was trained with it.
+        gguf: name of the file beside it.
+        adds_bos: what that file says, see `as_ollama`.
+
+    Raises:
+        InputError: as `as_ollama` and `modelfile`.
+    """
+    from tasks.answers import stop_ids
+    from tasks.tokens import added_bos, load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    bos = added_bos(tokenizer, folder)
+    found = as_ollama(template, bos[0] if bos else None, adds_bos)
+    ends = [tokenizer.id_to_token(id) for id in sorted(stop_ids(folder, tokenizer, None))]
+    stops = stop_texts(template, [text for text in ends if text])
+    return modelfile(gguf, found, stops, template.default_system), found.notes
 
 
 def modelfile(gguf: str, template: OllamaTemplate, stops: Sequence[str], system: str | None) -> str:
