@@ -139,6 +139,7 @@ def hold(
     place: tuple[str, int],
     api_key: str | None,
     say: Callable[[str], None],
+    program: str = "tasks.chat_program",
 ) -> Background:
     """The program that holds models and answers, to be entered.
 
@@ -149,8 +150,9 @@ def hold(
         place: host and port it listens on; port 0 is any.
         api_key: that clients have to show.
         say: told what it does until it is ready.
+        program: its module.
     """
     settings = {"models": [partner.told() for partner in partners], "generation": dict(said.generation)}
     inputs = {f"model.{number}": str(folder) for number, folder in enumerate(folders)}
     runtime = {"host": place[0], "port": place[1]}
-    return Background("tasks.chat_program", settings, runtime, inputs, say, {API_KEY: api_key or ""})
+    return Background(program, settings, runtime, inputs, say, {API_KEY: api_key or ""})

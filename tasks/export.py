@@ -50,6 +50,16 @@ Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Further:
+    """What else is written into a folder before it appears."""
+
+    write: Callable[[Path], None]
+    """Is given the folder; whatever it raises ends the export."""
+    room: int
+    """Bytes it takes."""
+
+
+@dataclass(frozen=True)
 class Exported:
     """A folder to be written."""
 
@@ -135,7 +145,7 @@ def saved_dtype(artifact: Artifact) -> str:
     return FLOATS[code]
 
 
-def export(wanted: Exported, card: str, home: Home, told: Told) -> dict[str, int]:
+def export(wanted: Exported, card: str, home: Home, told: Told, further: Further | None = None) -> dict[str, int]:
     """Write the folder; its files and their bytes.
 
     Args:
@@ -143,6 +153,7 @@ def export(wanted: Exported, card: str, home: Home, told: Told) -> dict[str, int
         card: text of README.md.
         home: where the lock of the target lies.
         told: see `Told`.
+        further: what else goes into it.
 
     Raises:
         InputError: a target that is not free, too little room, an artifact that is damaged, a dtype that cannot hold
@@ -161,11 +172,13 @@ def export(wanted: Exported, card: str, home: Home, told: Told) -> dict[str, int
         try:
             wanted.target.parent.mkdir(parents=True, exist_ok=True)
             remove_folder(partial)  # left by an export that was killed
-            _require_room(wanted.target.parent, weights)
+            _require_room(wanted.target.parent, weights + (further.room if further else 0))
             _require_whole(wanted.artifact, told)
             partial.mkdir()
             _write(wanted, partial, files, weights, card, told)
             _read_back(wanted, partial, files, weights, told)
+            if further is not None:
+                further.write(partial)
             sync(partial)
             partial.rename(wanted.target)
             sync(wanted.target.parent)

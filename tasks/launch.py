@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tasks.slots import seen_devices
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL; below the 30 s after which Prefect kills the flow itself
+SHOWN_LINES = 15  # of a log, where a program failed
 RETRIED = frozenset({"killed", "lost_port", "network"})
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +118,36 @@ def run_program(
         raise failure
 
 
+def run_command(command: Sequence[str], log_path: Path) -> None:
+    """Run somebody else's program to its end, its output in a file.
+
+    Args:
+        command: program and arguments; no shell reads them.
+        log_path: gets what it prints.
+
+    Raises:
+        ProgramFailed: it failed or was killed, with its last lines.
+    """
+    with open(log_path, "ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tasks.guarded", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(1),
+            start_new_session=True,
+        )
+        tree = _Tree(child)
+        try:
+            while child.poll() is None:
+                tree.look()
+                time.sleep(POLL_SECONDS)
+        finally:
+            tree.end()
+    if child.returncode != 0:
+        raise _ended(Path(command[0]).name, child.returncode, last_lines(log_path))
+
+
 def _write(spec: Spec, path: Path) -> None:
     """Write a spec, and remove what an earlier attempt has left."""
     path.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
@@ -197,10 +228,19 @@ def _failure(module: str, spec: Spec, code: int, log_path: Path) -> ProgramFaile
         cause = json.loads(Path(spec.failure).read_text(encoding="utf-8"))
         return ProgramFailed(cause["kind"], cause["message"])
     except (FileNotFoundError, ValueError):  # not written, or not whole: a full disk takes half of it
-        tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        return _ended(module, code, last_lines(log_path), f" ({log_path})")
+
+
+def last_lines(log_path: Path) -> str:
+    """The end of a program's log."""
+    return "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:])
+
+
+def _ended(program: str, code: int, tail: str, where: str = "") -> ProgramFailed:
+    """What a program died of, by its exit code and last lines; `where` says which file has the others."""
     if disk_is_full():
-        return ProgramFailed("disk_full", disk_full(f"{module} ended with exit code {code}"))
+        return ProgramFailed("disk_full", disk_full(f"{program} ended with exit code {code}"))
     if code < 0:
-        return ProgramFailed("killed", f"{module} {ended_by(-code)}; its last lines:\n{tail}")
+        return ProgramFailed("killed", f"{program} {ended_by(-code)}; its last lines:\n{tail}")
     kind = "lost_port" if "EADDRINUSE" in tail or "address already in use" in tail.lower() else "unexpected"
-    return ProgramFailed(kind, f"{module} ended with exit code {code}; its last lines ({log_path}):\n{tail}")
+    return ProgramFailed(kind, f"{program} ended with exit code {code}; its last lines{where}:\n{tail}")

@@ -166,15 +166,22 @@ def export(
         typer.Option("--push-to-hub", "--export-hub-model-id", metavar="OWNER/NAME", help="Send it there as well."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: a private repository.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also one file for llama.cpp, by its own converter.")] = False,
+    gguf_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of the numbers in it: f16 (by default), bf16, f32 or q8_0.")
+    ] = None,
+    ollama: Annotated[bool, typer.Option("--ollama", help="--gguf with a Modelfile for Ollama.")] = False,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
     """Write the model of a finished run as a folder that others can load, with its model card; or merge an adapter, as
     a config of LLaMA-Factory says."""
     from flows.cli.exporting import Wanted, export_recipe
+    from flows.cli.gguf_export import FileWanted
     from flows.cli.merging import export_merged, merge_config
 
-    wanted = Wanted(stage, to, adapter, dtype, max_shard_size, push_to_hub, private)
+    file = FileWanted(gguf, gguf_type, ollama)
+    wanted = Wanted(stage, to, adapter, dtype, max_shard_size, push_to_hub, private, file)
     config = merge_config(recipe, overrides or [])
     if config is not None:
         raise typer.Exit(export_merged(config, wanted, json))

@@ -58,10 +58,14 @@ def serve(
         str | None,
         typer.Option(metavar="KEY", help="What clients have to show; better in the environment: LLAMATUNER_API_KEY."),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(metavar="ENGINE", help="transformers, or vllm: many requests at once."),
+    ] = "transformers",
     overrides: Settings = None,
     json: Json = False,
 ) -> None:
     """Answer over HTTP as OpenAI's API does, until Ctrl-C: /v1/chat/completions, /v1/models."""
     from flows.cli.chatting import serve_models
 
-    raise typer.Exit(serve_models(models, host, port, api_key, overrides or [], json))
+    raise typer.Exit(serve_models(models, (host, port), api_key, overrides or [], engine, json))

@@ -16,8 +16,9 @@ from flows.chatting import Partner, find_partners, hold, require_chat
 from flows.cli.chat_configs import read_words
 from flows.cli.making import make_steps
 from flows.cli.output import DONE, FAILED, people, print_json, say_error
+from flows.vllm import ENGINES, VLLM, require_place, require_servable
 from registry.chat_settings import ChatSettings
-from registry.errors import InputError, Problem
+from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from tasks.chat_client import Client
 from tasks.chat_program import API_KEY, LOOPBACK, listen
@@ -82,15 +83,30 @@ def chat_on_page(
 
 
 def serve_models(
-    words: Sequence[str], host: str, port: int, api_key: str | None, overrides: Sequence[str], as_json: bool
+    words: Sequence[str],
+    place: tuple[str, int],
+    api_key: str | None,
+    overrides: Sequence[str],
+    engine: str,
+    as_json: bool,
 ) -> int:
     """Answer over HTTP until Ctrl-C; the exit code.
+
+    Args:
+        words: models, or a config of LLaMA-Factory.
+        place: host and port.
+        api_key: that clients have to show; None: the one of the environment, if any.
+        overrides: `key=value` each.
+        engine: `transformers` or `vllm`.
+        as_json: print one object for programs.
 
     Raises:
         InputError: a port that is taken, an address that strangers reach without a key, everything wrong with models
             and settings.
     """
-    console = people(as_json)
+    console, (host, _) = people(as_json), place
+    if engine not in ENGINES:
+        raise InputError(Problem("--engine", f"{engine!r} is no engine", did_you_mean(engine, ENGINES)))
     key = api_key or os.environ.get(API_KEY) or None
     if host not in LOOPBACK and key is None:
         rule = "others than this machine reach it, and nothing would keep them out"
@@ -98,11 +114,16 @@ def serve_models(
     if api_key is not None:
         text = f"--api-key can be read by all users of this machine; {API_KEY} in the environment cannot"
         console.print(text, style="yellow", soft_wrap=True)
-    listen(host, port).close()
+    if engine == VLLM:
+        require_place(host)
+    listen(*place).close()
     names, said = read_words(words, overrides)
     partners, folders = _ready(names, said, console)
+    if engine == VLLM:
+        require_servable(partners, folders, said)
+    module = "tasks.vllm_program" if engine == VLLM else "tasks.chat_program"
     try:
-        with hold(partners, folders, said, (host, port), key, _say(console)) as program:
+        with hold(partners, folders, said, place, key, _say(console), module) as program:
             models = [partner.name for partner in partners]
             console.print(
                 f"{program.url}/v1 answers for {', '.join(models)}; Ctrl-C ends it", markup=False, soft_wrap=True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from flows.cli.card_facts import card_of, finished
+from flows.cli.gguf_export import FileWanted, GgufExport
 from flows.cli.output import DONE, FAILED, people, print_json, say_error
 from flows.graph import Pipeline, build
 from registry.errors import InputError, Problem, did_you_mean
@@ -28,6 +30,7 @@ from tasks.export import (
     require_target,
     saved_dtype,
 )
+from tasks.launch import ProgramFailed
 from tasks.push import PushFailed, open_repository, push_folder
 
 SECONDS = 2.0  # before the first progress line, and between two on a terminal
@@ -45,6 +48,7 @@ class Wanted:
     max_shard_size: str | None = None
     push_to_hub: str | None = None
     private: bool = False
+    file: FileWanted = field(default_factory=FileWanted)
 
 
 def export_recipe(name: str, overrides: list[str], wanted: Wanted, as_json: bool) -> int:
@@ -88,17 +92,18 @@ def write_model(recipe: Recipe, name: str, wanted: Wanted, console: Console) -> 
     card = card_of(pipeline, stage, artifacts, wanted.adapter, saved, dtype or saved)
     target = (wanted.to or Path(card.name)).expanduser().resolve()
     require_target(target)
+    file = GgufExport(artifact, card.name, steps.settings, wanted.file, _said(console)) if wanted.file.any else None
     if wanted.push_to_hub:
         open_repository(wanted.push_to_hub, wanted.private)
     base = card.base.hub_id if wanted.adapter and card.on_base else None
     folder = Exported(artifact, target, None if dtype == saved else dtype, None if wanted.adapter else size, base)
     try:
-        files = export(folder, card.text(), home, Progress(console))
-    except OSError as error:
+        files = export(folder, card.text(), home, Progress(console), file.further() if file else None)
+    except (OSError, ProgramFailed) as error:
         say_error(f"{target} was not written: {error}")
         return None
     console.print(f"{target}: {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB", markup=False, soft_wrap=True)
-    answer = _answer(card, artifact, target, files)
+    answer = _answer(card, artifact, target, files) | ({"gguf": file.answer} if file else {})
     if wanted.push_to_hub:
         try:
             answer["commit"] = _push(console, target, wanted.push_to_hub, card)
@@ -124,9 +129,14 @@ def checked(wanted: Wanted) -> tuple[str | None, int]:
         problems.append(Problem("--max-shard-size", "an adapter is one file: peft reads no other", "Leave it out."))
     if wanted.private and not wanted.push_to_hub:
         problems.append(Problem("--private", "is about a repository of the hub", "Name one with --push-to-hub."))
+    problems += wanted.file.problems(wanted.adapter)
     if problems:
         raise InputError(problems)
     return dtype, size
+
+
+def _said(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, markup=False, soft_wrap=True)
 
 
 def _stage(pipeline: Pipeline, wanted: Wanted) -> str:

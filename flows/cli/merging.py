@@ -103,6 +103,8 @@ def _problems(raw: Mapping[str, Any], wanted: Wanted, console: Console) -> list[
             problems.append(Problem(key, f"{shown(raw.get(key))} is no model", "A merge needs a base and an adapter."))
     if raw.get("export_legacy_format") is True:
         problems.append(Problem("export_legacy_format", "weights are written as safetensors only", "Remove it."))
+    if wanted.file.any or wanted.file.gguf_type:
+        problems.append(Problem("--gguf", "is about a recipe", "Leave it out, and convert the folder yourself."))
     if wanted.stage or wanted.adapter:
         problems.append(Problem("--adapter" if wanted.adapter else "--stage", "is about a recipe", "Leave it out."))
     for note in found.reasons(lambda key: key):

@@ -22,17 +22,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.cli.app import run_app
 from flows.comparison import find_side
 from registry.home import Home
 from tasks.artifacts import Artifact, Store
+from tasks.gguf_file import PLACE
+from tasks.ollama import written
 from tests.flows.conftest import Server
 from tests.flows.test_chains import write_pairs
 from tests.flows.toy import PROJECT, run, states, toy_recipe
 from tests.small_hub import TakingHub, serving, taking_hub
+from tests.tasks.converter import WRONG
 
 pytestmark = pytest.mark.slow
 Capture = pytest.CaptureFixture[str]
@@ -321,6 +326,73 @@ def test_a_push_sends_exactly_the_folder_and_the_token_is_nowhere(
     assert not [data for data in written if handler.known.encode() in data]
     again = run(*command, code=2, **environment)
     assert "is not empty" in again["error"]
+
+
+@pytest.fixture
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for llama.cpp's converter, as a command."""
+    path = tmp_path / "bin" / "convert-hf-to-gguf"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {PROJECT}/tests/tasks/converter.py "$@"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv(PLACE, str(path))
+    return path
+
+
+def test_a_gguf_file_and_a_modelfile_stand_beside_the_weights(
+    recipe: str, tmp_path: Path, capsys: Capture, converter: Path
+) -> None:
+    out = tmp_path / "out"
+    answer = ask(capsys, recipe, "--stage", "dpo", "--to", str(out), "--ollama", "--gguf-type", "F32")
+    assert answer["gguf"] == {
+        "file": "three-dpo-F32.gguf",
+        "type": "f32",
+        "tensors": 20,
+        "modelfile": "Modelfile",
+        "notes": [],
+    }
+    assert {"three-dpo-F32.gguf", "Modelfile", "model.safetensors"} <= set(answer["files"])
+    assert set(answer["files"]) == set(contents(out))
+    head, _, rest = (out / "Modelfile").read_text().partition('TEMPLATE """')
+    template, _, tail = rest.partition('"""\n')
+    assert head == "# ollama create NAME -f Modelfile\nFROM ./three-dpo-F32.gguf\n"
+    assert tail == 'PARAMETER stop """<|im_end|>"""\n'
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "?"}]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert written(template, talk) == wanted
+    reader = GGUFReader(out / "three-dpo-F32.gguf")
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    weights = load_file(out / "model.safetensors")
+    assert (found["output_norm.weight"] == weights["model.norm.weight"].numpy()).all()
+
+
+def test_what_a_gguf_file_lacks_is_said_before_anything_is_written(
+    recipe: str, tmp_path: Path, capsys: Capture, converter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = ("--to", str(tmp_path / "out"))
+    answer = ask(capsys, recipe, "--stage", "rm", "--gguf", *to, code=2)
+    assert answer["error"].startswith("--gguf: stage rm makes a reward model")
+    answer = ask(capsys, recipe, "--stage", "dpo", "--gguf", "--adapter", "--gguf-type", "q4_0", *to, code=2)
+    assert "--gguf: makes a file of a whole model, not of an adapter. Leave --adapter out." in answer["error"]
+    assert "--gguf-type: 'q4_0' is no type that the converter writes." in answer["error"]
+    answer = ask(capsys, recipe, "--stage", "dpo", "--gguf-type", "f16", *to, code=2)
+    assert answer["error"] == "--gguf-type: is about a GGUF file. Add --gguf or --ollama."
+    monkeypatch.setenv(PLACE, str(tmp_path))
+    answer = ask(capsys, recipe, "--stage", "dpo", "--gguf", *to, code=2)
+    assert "there is no convert_hf_to_gguf.py. Get llama.cpp (git clone" in answer["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converter_that_fails_leaves_no_folder_and_is_quoted(
+    recipe: str, tmp_path: Path, capsys: Capture, converter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(WRONG, "fail")
+    assert run_app(["export", recipe, "--stage", "dpo", "--gguf", "--to", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "convert-hf-to-gguf ended with exit code 1; its last lines:\nINFO: converting" in said
+    assert "NotImplementedError: this model is not known" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 def test_the_process_that_exports_and_rounds_never_loads_torch(recipe: str, tmp_path: Path) -> None:
