@@ -59,6 +59,17 @@ class Pipeline:
         """The data steps alone; nothing is measured, so no gate decides."""
         return replace(self, steps=tuple(step for step in self.steps if step.kind in DATA_STEPS), measured={})
 
+    def results(self) -> set[str]:
+        """Titles of the steps whose artifacts people and reports want: what was trained, and what it was measured as.
+
+        The others are needed on a machine only where a step that runs there reads them. With the data steps alone
+        everything is wanted.
+        """
+        kept = {step.title for stage in self.stages.values() for step in (stage.trained, stage.model)}
+        kept |= {step.title for each in self.measured.values() for step in each.steps}
+        everything = {step.title for step in self.steps}
+        return kept & everything or everything
+
     def befores(self) -> list[str]:
         """Labels of what is measured to compare with."""
         named = {each.before for each in self.measured.values()}

@@ -8,6 +8,7 @@ do, such as a training that failed, is no reason: it would be started again and 
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -20,7 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.graph import DATA_STEPS, build
-from flows.planning import plan
+from flows.planning import PlannedStep, plan
 from flows.servers import live_runs
 from flows.submitting import BAD_INPUT_MARK, order, start
 from registry.errors import InputError
@@ -29,7 +30,8 @@ from registry.loading import load_recipe
 from tasks.artifacts import Artifact, Store, remove_folder
 from tasks.download import SOURCE
 from tasks.hub import hub_endpoint
-from tasks.locks import try_lock
+from tasks.locks import locked, try_lock
+from tasks.sharing import fetch, withdraw
 from tasks.steps import Step
 
 ACTIVE = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "PAUSED"]
@@ -75,7 +77,8 @@ def changed_data(recipe: str, overrides: list[str], home: Home) -> str | None:
         HfHubHTTPError, OSError: the hub cannot be asked.
     """
     store, pipeline = Store(home), build(load_recipe(recipe, overrides), home)
-    downloads = [(line.step.identity, line.artifact) for line in plan(pipeline, store) if line.step.kind == "download"]
+    lines = [line for line in plan(pipeline, store) if line.step.kind == "download"]
+    downloads = [(line.step.identity, line.artifact or _brought(line, store)) for line in lines]
     moved = [_forget_if_moved(asked, artifact, store) for asked, artifact in downloads if artifact is not None]
     if any(moved):
         return "; ".join(filter(None, moved))
@@ -84,6 +87,14 @@ def changed_data(recipe: str, overrides: list[str], home: Home) -> str | None:
         if line.step.kind in kinds and line.state in ("run", "resume"):
             return f"{line.step.title}: {'; '.join(_readable(line.step, why) for why in line.why)}"
     return None
+
+
+def _brought(line: PlannedStep, store: Store) -> Artifact | None:
+    """A download that another machine made: it may be of a commit that is not the newest any more."""
+    if line.shared is None:
+        return None
+    with locked(store.lock_path(line.shared.key)):
+        return fetch(store, line.step.kind, line.shared.key, threading.Event(), lambda event: None)
 
 
 def _readable(step: Step, why: str) -> str:
@@ -105,6 +116,7 @@ def _forget_if_moved(asked: dict[str, Any], artifact: Artifact, store: Store) ->
     with try_lock(store.lock_path(artifact.key)) as free:
         if found.sha == known or not free:
             return None
+        withdraw(store, artifact)
         remove_folder(artifact.path)
     return f"{asked['address']} went from commit {known[:8]} to {str(found.sha)[:8]}"
 

@@ -17,7 +17,7 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.templates import TemplateEntry
 
-STYLES = {"cached": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"}
+STYLES = {"cached": "dim", "shared": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"}
 
 
 def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: bool) -> None:
@@ -27,11 +27,14 @@ def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: b
     from flows.planning import plan
     from registry.loading import load_recipe
     from tasks.artifacts import Store
+    from tasks.sharing import tell
 
     console = people(as_json)
     recipe = load_recipe(name, overrides)
     home = Home.open()
-    lines = plan(build(recipe, home, strict_versions), Store(home))
+    store = Store(home)
+    lines = plan(build(recipe, home, strict_versions), store)
+    tell(store, lambda text: console.print(Text(text, style="yellow")))
     counts = {state: sum(line.state == state for line in lines) for state in STYLES}
     table = Table(box=None, pad_edge=False)
     for column in ("step", "state", "why"):
