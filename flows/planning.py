@@ -68,7 +68,7 @@ def plan(pipeline: Pipeline, store: Store) -> list[PlannedStep]:
             why = (f"made with other versions: {', '.join(drift)}",) if drift else ()
             lines.append(PlannedStep(step, ready.key, "cached", why, artifact))
             continue
-        shared = known(store, step.kind, ready.key)
+        shared = known(store, step.kind, ready.key) if store.shared else None
         if shared:
             lines.append(PlannedStep(step, ready.key, "shared", ("made on another machine",), None, shared=shared))
             continue

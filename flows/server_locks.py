@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -57,9 +59,9 @@ def server_lock(key: str, stop: threading.Event, say: Say) -> Iterator[None]:
     name, done = f"{NAME}{key[:32]}", threading.Event()
     with get_client(sync_client=True) as client:
         lease = _acquire(client, name, stop, say)
-        renewing = threading.Thread(target=_renew, args=(lease, done, say), name=f"lease-{key[:12]}", daemon=True)
-        if lease:
-            renewing.start()
+        if lease:  # Prefect's settings, the server's address among them, go by context
+            renew = partial(copy_context().run, _renew, lease, done, say)
+            threading.Thread(target=renew, name=f"lease-{key[:12]}", daemon=True).start()
         try:
             yield
         finally:

@@ -8,7 +8,6 @@ do, such as a training that failed, is no reason: it would be started again and 
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,7 +20,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.graph import DATA_STEPS, build
-from flows.planning import PlannedStep, plan
+from flows.planning import plan
 from flows.servers import live_runs
 from flows.submitting import BAD_INPUT_MARK, order, start
 from registry.errors import InputError
@@ -30,8 +29,8 @@ from registry.loading import load_recipe
 from tasks.artifacts import Artifact, Store, remove_folder
 from tasks.download import SOURCE
 from tasks.hub import hub_endpoint
-from tasks.locks import locked, try_lock
-from tasks.sharing import fetch, withdraw
+from tasks.locks import try_lock
+from tasks.sharing import brought, withdraw
 from tasks.steps import Step
 
 ACTIVE = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "PAUSED"]
@@ -77,8 +76,9 @@ def changed_data(recipe: str, overrides: list[str], home: Home) -> str | None:
         HfHubHTTPError, OSError: the hub cannot be asked.
     """
     store, pipeline = Store(home), build(load_recipe(recipe, overrides), home)
-    lines = [line for line in plan(pipeline, store) if line.step.kind == "download"]
-    downloads = [(line.step.identity, line.artifact or _brought(line, store)) for line in lines]
+    lines = [line for line in plan(pipeline, store) if line.step.kind == "download" and line.key]
+    # one that another machine made may be of a commit that is not the newest any more either
+    downloads = [(line.step.identity, brought(store, line.step.kind, str(line.key))) for line in lines]
     moved = [_forget_if_moved(asked, artifact, store) for asked, artifact in downloads if artifact is not None]
     if any(moved):
         return "; ".join(filter(None, moved))
@@ -87,14 +87,6 @@ def changed_data(recipe: str, overrides: list[str], home: Home) -> str | None:
         if line.step.kind in kinds and line.state in ("run", "resume"):
             return f"{line.step.title}: {'; '.join(_readable(line.step, why) for why in line.why)}"
     return None
-
-
-def _brought(line: PlannedStep, store: Store) -> Artifact | None:
-    """A download that another machine made: it may be of a commit that is not the newest any more."""
-    if line.shared is None:
-        return None
-    with locked(store.lock_path(line.shared.key)):
-        return fetch(store, line.step.kind, line.shared.key, threading.Event(), lambda event: None)
 
 
 def _readable(step: Step, why: str) -> str:

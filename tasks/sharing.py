@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifacts import Artifact, Store, remove_folder
-from tasks.locks import Interrupted, check_stop
+from tasks.locks import Interrupted, check_stop, locked
 from tasks.shared_store import Away, Damaged, SharedStore
 
 Say = Callable[[str], None]
@@ -77,6 +77,19 @@ def fetch(store: Store, step: str, key: str, stop: threading.Event, emit: Emit) 
     remove_folder(output.parent)  # with what an earlier attempt to make it here has left
     _mark(store, shared, artifact)
     return artifact
+
+
+def brought(store: Store, step: str, key: str) -> Artifact | None:
+    """The whole artifact of a key in this home, fetched if only the shared store has it; for what runs no steps.
+
+    Raises:
+        InputError: the disk is too small for it.
+    """
+    artifact = store.find(step, key)
+    if artifact or store.shared is None:
+        return artifact
+    with locked(store.lock_path(key)):
+        return store.find(step, key) or fetch(store, step, key, threading.Event(), lambda event: None)
 
 
 def deliver(store: Store, artifact: Artifact, stop: threading.Event, emit: Emit, ask: bool = True) -> None:

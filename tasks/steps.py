@@ -29,6 +29,7 @@ from tasks.sharing import deliver, fetch, known, offered, tell
 from tasks.slots import Wanted, devices_for
 from tasks.versions import package_versions
 
+DATA_STEPS = ("model", "download", "fetch", "render", "tokenize")  # kinds of those that come before any training
 RESUME_FILE = "report/resume.json"
 
 

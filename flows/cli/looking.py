@@ -201,6 +201,7 @@ def show_environment(as_json: bool) -> None:
     import psutil
 
     from flows.services import without_credentials
+    from registry.store_url import VARIABLE as STORE
     from tasks.devices import cuda_devices
     from tasks.servers import PREFECT, address
     from tasks.steps import RECORDED
@@ -221,6 +222,7 @@ def show_environment(as_json: bool) -> None:
         "devices": [f"{d.name}, {d.memory_mib} MiB, compute capability {d.capability}" for d in cuda_devices()],
         "home": str(home.path),
         "home_free_gib": round(shutil.disk_usage(parent).free / 2**30, 1),
+        "shared_store": without_credentials(os.environ.get(STORE) or "none"),
         "prefect_api": without_credentials(os.environ.get("PREFECT_API_URL") or address(home, PREFECT) or "embedded"),
         "mlflow_tracking": without_credentials(tracking_uri(home)),
     }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_one_holds_it_the_other_waits_and_says_so_and_gets_it() -> None:
         with server_lock(KEY, threading.Event(), said.append):
             order.append("second")
 
-    thread = threading.Thread(target=second)
+    thread = threading.Thread(target=copy_context().run, args=(second,))  # with the settings of Prefect
     thread.start()
     with server_lock(KEY, threading.Event(), said.append), server_lock("b" * 64, threading.Event(), said.append):
         inside.set()
@@ -81,7 +82,9 @@ def test_a_server_that_cannot_lend_is_said_and_the_step_is_made(server: Server) 
     assert said[0].startswith("no lock among machines, another one may make the same (ConnectError")
 
 
-def test_without_a_server_there_is_no_lock_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_that_others_ask_there_is_no_lock_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert across_machines() is on_this_machine  # this process has started the server for itself
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert across_machines() is server_lock
     monkeypatch.delenv("PREFECT_API_URL")
     assert across_machines() is on_this_machine

@@ -42,10 +42,13 @@ def kinds(home: Path) -> set[str]:
     return {path.parent.name for path in (home / "artifacts").glob("*/*")}
 
 
-def test_two_at_the_same_time_make_what_they_share_once(common: dict[str, str], tmp_path: Path) -> None:
+def test_two_pipelines_at_the_same_time_make_what_they_share_once(common: dict[str, str], tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path / "recipe")
-    homes = [tmp_path / "one", tmp_path / "two"]
-    commands = [start("prepare", str(recipe), "--json", **machine(common, home)) for home in homes]
+    homes, rates = [tmp_path / "one", tmp_path / "two"], ["0.01", "0.02"]
+    commands = [
+        start("prepare", str(recipe), "--set", f"stages.sft.learning_rate={rate}", "--json", **machine(common, home))
+        for home, rate in zip(homes, rates, strict=True)
+    ]
     made: dict[str, list[str]] = {}
     for command in commands:
         out, err = command.communicate(timeout=LONGEST)
