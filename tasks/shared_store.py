@@ -159,6 +159,8 @@ class SharedStore:
         """
         target = self._content(artifact.manifest)
         with self._asking(missing=Away):
+            if not self._objects:
+                self._fs.info(self._root)  # as in `_probe`: what was mounted when the run began may be gone
             for name, (size, _) in artifact.files.items():
                 self._put(artifact.path / name, f"{target}/{name}", told)
                 told(size)
@@ -224,14 +226,16 @@ class SharedStore:
                 raise InputError(Problem(VARIABLE, f"{self.url} may not be read: {self._why}", cure)) from error
 
     def _probe(self) -> None:
-        """List the first folder; a place that nobody has written to yet has its bucket, or a folder above it."""
+        """List the first folder; in a bucket it is not there before somebody writes to it."""
         try:
             self._fs.ls(self._root)
         except FileNotFoundError:
-            if self._objects:
+            if not self._objects:  # not made: it would be on the disk under a mount point where nothing is mounted
+                raise
+            try:
                 self._fs.ls(self._root.partition("/")[0])
-            else:
-                self._fs.makedirs(self._root, exist_ok=True)
+            except PermissionError:  # there is a bucket, and this person may read a part of it
+                return
 
     def tell(self, say: Callable[[str], None]) -> None:
         """Say what has gone wrong since this was last asked, each once."""
@@ -306,10 +310,9 @@ def _open(url: str) -> tuple[Any, str]:
     from fsspec.registry import known_implementations
 
     scheme = url.partition("://")[0]
-    options: dict[str, Any] = {"auto_mkdir": True} if scheme in ("file", "local") else {}
     try:
         # what is listed or asked for is remembered in no process: another one may have changed it
-        fs, root = url_to_fs(url, use_listings_cache=False, **options)
+        fs, root = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = str(known_implementations.get(scheme, {}).get("class", scheme)).partition(".")[0]
         wanted = f"{package}=={fsspec.__version__}" if package in VERSIONED else package

@@ -107,6 +107,13 @@ def test_a_second_machine_computes_nothing_and_has_the_same_bytes(server: S3Serv
 def test_a_folder_that_machines_mount_serves_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMATUNER_STORE", f"file://{tmp_path}/mounted/store")
     CALLS.clear()
+    one, said = machine(tmp_path / "one"), list[str]()
+    with pytest.raises(InputError, match="there is no such place"):
+        SharedStore(f"file://{tmp_path}/mounted/store").require_usable()
+    assert make(step(), one, said).state == "ran"
+    assert "cannot be used (FileNotFoundError" in said[0]  # nothing is put where nothing is mounted
+    assert not (tmp_path / "mounted").exists()
+    (tmp_path / "mounted" / "store").mkdir(parents=True)
     made = make(step(), machine(tmp_path / "one")).artifact
     assert content(make(step(), machine(tmp_path / "two")).artifact) == content(made)
     assert CALLS == ["write"]
