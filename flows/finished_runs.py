@@ -12,6 +12,8 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.loading import SUFFIXES
 from tasks.artifacts import Artifact, Store
+from tasks.sharing import brought, known
+from tasks.steps import DATA_STEPS
 
 
 def is_run(wanted: str, home: Home) -> bool:
@@ -65,11 +67,12 @@ def find_run(asked: str, wanted: str, home: Home) -> dict[str, Any]:
 
 
 def run_artifacts(asked: str, values: dict[str, Any], home: Home) -> dict[str, Artifact]:
-    """Step → what it made, of a whole run."""
+    """Step → what it made, of a whole run; what data steps made may be in the shared store only."""
     store, artifacts = Store(home), dict[str, Artifact]()
     for step in values["steps"]:
         title = f"{step['stage']}/{step['step']}"
-        artifact = store.find(step["step"].partition(":")[0], step["key"])
+        kind = step["step"].partition(":")[0]
+        artifact = (known if kind in DATA_STEPS else brought)(store, kind, step["key"])
         if artifact is None:
             raise InputError(Problem(asked, f"what {title} made is gone or damaged", "Run the recipe again."))
         artifacts[title] = artifact

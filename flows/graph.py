@@ -22,13 +22,12 @@ from tasks.model import base_input
 from tasks.nodes import nodes_of_environment
 from tasks.render import render_step
 from tasks.shards import tokenize_step
-from tasks.steps import Input, LocalFolder, Step, require_folder, upstream
+from tasks.steps import DATA_STEPS, Input, LocalFolder, Step, require_folder, upstream
 from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
 from tasks.training import REWARD_ADAPTER, REWARD_MODEL, merge_step, train_step
 from tasks.vocabulary import add_tokens_step
 
 BASE = "base"
-DATA_STEPS = ("model", "download", "fetch", "render", "tokenize")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,17 @@ class Pipeline:
     def data_only(self) -> Pipeline:
         """The data steps alone; nothing is measured, so no gate decides."""
         return replace(self, steps=tuple(step for step in self.steps if step.kind in DATA_STEPS), measured={})
+
+    def results(self) -> set[str]:
+        """Titles of the steps whose artifacts people and reports want: what was trained, and what it was measured as.
+
+        The others are needed on a machine only where a step that runs there reads them. With the data steps alone
+        everything is wanted.
+        """
+        kept = {step.title for stage in self.stages.values() for step in (stage.trained, stage.model)}
+        kept |= {step.title for each in self.measured.values() for step in each.steps}
+        everything = {step.title for step in self.steps}
+        return kept & everything or everything
 
     def befores(self) -> list[str]:
         """Labels of what is measured to compare with."""

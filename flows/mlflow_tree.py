@@ -117,6 +117,8 @@ class MlflowTree:
         source = json.dumps({"files": step.runtime["files"], "artifact": f"tokenize/{outcome.artifact.path.name}"})
         run_id, artifact = self.stage_runs[step.stage], outcome.artifact
         self._tracker.inputs(run_id, {name: (source, artifact.digest)}, context)
+        if not artifact.here:  # the run that made it has kept the pictures
+            return
         folder = f"tokenize/{_file_name(list(names).index(step.title), name)}" if held_out else "tokenize"
         self._tracker.file(run_id, artifact.path / STATISTICS, folder)
         self._tracker.content(run_id, lambda: statistics_picture(step, artifact), f"{folder}/statistics.png")

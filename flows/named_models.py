@@ -16,6 +16,7 @@ from registry.recipes import RECIPES
 from tasks.artifacts import Artifact, Store
 from tasks.jsonlines import read_object
 from tasks.model import base_input
+from tasks.sharing import brought, known
 from tasks.steps import Input, LocalFolder
 from tasks.training import merge_step
 
@@ -109,14 +110,15 @@ def _of_run(asked: str, wanted: str, stage: str, home: Home) -> NamedModel:
 
 def _first(trained: Artifact, home: Home) -> NamedModel | None:
     """The model that the first stage began with; None where its artifact is gone."""
-    found = trained.manifest["inputs"]["base"]
+    store, found = Store(home), trained.manifest["inputs"]["base"]
     while "artifact" in found:
         kind, _, folder = found["artifact"].partition("/")
-        made = Store(home).find(kind, found["key"])
+        made = known(store, kind, found["key"])
         if made is None:
             return None
         if "base" not in made.manifest["inputs"]:
-            return NamedModel(Input(LocalFolder(made.path)), str(made.manifest["label"]))
+            here = brought(store, kind, found["key"])
+            return NamedModel(Input(LocalFolder(here.path)), str(here.manifest["label"])) if here else None
         found = made.manifest["inputs"]["base"]
     folder = Path(found["folder"])
     return NamedModel(Input(LocalFolder(folder)), folder.name) if folder.is_dir() else None

@@ -89,7 +89,8 @@ def make_step(title: str) -> State[Any]:
     except Interrupted:
         return Cancelled(message="The run was asked to stop; what is finished is kept.")
     artifact = outcome.artifact
-    pages.write(step_page, session.by_title[title], artifact)
+    if artifact.here:
+        pages.write(step_page, session.by_title[title], artifact)
     reference = {"artifact": f"{artifact.step}/{artifact.path.name}", "key": artifact.key, "digest": artifact.digest}
     if outcome.state == "cached":
         return Completed(name="Cached", message=f"{reference['artifact']} is there", data=reference)
@@ -200,5 +201,6 @@ def _run(session: Session) -> None:
     for future in futures.values():
         future.wait()
     for stage in session.pipeline.stages.values():
-        if stage.rendered.title in session.outcomes:
-            PAGES.get().write(preview_page, stage, session.outcomes[stage.rendered.title].artifact)
+        rendered = session.outcomes.get(stage.rendered.title)
+        if rendered and rendered.artifact.here:
+            PAGES.get().write(preview_page, stage, rendered.artifact)

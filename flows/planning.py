@@ -1,4 +1,5 @@
-"""The plan: what would run, and why. Reads manifests and digests only; no server, no network."""
+"""The plan: what would run, and why. Reads manifests and digests only; no server, and no network but that of the shared
+store, where there is one."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from flows.graph import Pipeline
 from tasks.artifacts import Artifact, Store, damage, read_artifact
 from tasks.digests import DigestMemory
 from tasks.explain import nearest
+from tasks.sharing import known
 from tasks.steps import Input, Ready, Step, prepare, version_drift
 from tasks.training_estimate import Estimate
 
@@ -21,11 +23,20 @@ class PlannedStep:
     step: Step
     key: str | None
     state: str
-    """`cached`, `run`, `resume` (an interrupted attempt left something) or `unknown` (waits for an earlier step)."""
+    """`cached`, `shared` (in the shared store, not here), `run`, `resume` (an interrupted attempt left something) or
+    `unknown` (waits for an earlier step)."""
     why: tuple[str, ...]
     artifact: Artifact | None
+    """In this home."""
     estimate: Estimate | None = None
     """Of a training step that is not done."""
+    shared: Artifact | None = None
+    """In the shared store only: its manifest, and no files."""
+
+    @property
+    def made(self) -> bool:
+        """Whether its artifact is there, in this home or in the shared store."""
+        return self.state in ("cached", "shared")
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -57,6 +68,10 @@ def plan(pipeline: Pipeline, store: Store) -> list[PlannedStep]:
             why = (f"made with other versions: {', '.join(drift)}",) if drift else ()
             lines.append(PlannedStep(step, ready.key, "cached", why, artifact))
             continue
+        shared = known(store, step.kind, ready.key) if store.shared else None
+        if shared:
+            lines.append(PlannedStep(step, ready.key, "shared", ("made on another machine",), None, shared=shared))
+            continue
         if everything is None:
             everything = list(store.all())
         scratch = store.work_folder(step.kind, ready.key) / "scratch"
@@ -65,16 +80,16 @@ def plan(pipeline: Pipeline, store: Store) -> list[PlannedStep]:
     made = {id(line.step): line.artifact for line in lines if line.artifact}
     return [
         replace(line, estimate=estimate_planned(line.step, made))
-        if line.step.kind == "train" and line.artifact is None
+        if line.step.kind == "train" and not line.made
         else line
         for line in lines
     ]
 
 
 def _missing(step: Step, lines: list[PlannedStep]) -> list[str]:
-    states = {id(line.step): line.state for line in lines}
+    made = {id(line.step) for line in lines if line.made}
     sources = [wanted.source for wanted in step.inputs.values() if isinstance(wanted, Input)]
-    return [s.title for s in sources if isinstance(s, Step) and states.get(id(s)) != "cached"]
+    return [s.title for s in sources if isinstance(s, Step) and id(s) not in made]
 
 
 def _why(step: Step, ready: Ready, store: Store, everything: list[Artifact]) -> list[str]:

@@ -26,6 +26,7 @@ START_SECONDS = 120.0  # a new database took 8 to 11 s on two busy cores
 STOP_SECONDS = 5.0
 QUIET = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL"}
 """What a person is to know of Prefect in a run on a terminal, the run says itself."""
+_OWN: set[str] = set()  # addresses of the servers that this process has started for itself
 
 
 @contextmanager
@@ -50,6 +51,11 @@ def prefect_api(home: Home, meanwhile: Callable[[], None] = lambda: None) -> Ite
         return
     with _served(home) or _own(home, meanwhile) as url:
         yield url
+
+
+def is_own(url: str) -> bool:
+    """Whether nobody but this run asks the server at an address."""
+    return url in _OWN
 
 
 def _served(home: Home) -> AbstractContextManager[str] | None:
@@ -78,6 +84,7 @@ def _own(home: Home, meanwhile: Callable[[], None]) -> Iterator[str]:
         port = _free_port()
         server = _start(home, port)
         url = os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+        _OWN.add(url)
         try:
             meanwhile()
             _wait(lambda: _ended(server), url, home.prefect / "server.log")

@@ -18,6 +18,7 @@ from tasks.fetch import count_usable_rows
 from tasks.model import quantised_reason
 from tasks.nodes import nodes_of_environment
 from tasks.render import RowRenderer
+from tasks.shared_store import shared_store
 from tasks.steps import LocalFolder
 from tasks.template import DEFAULT_DATE, Refusal, compile_template
 
@@ -35,7 +36,7 @@ def bytes_needed(pipeline: Pipeline, lines: list[PlannedStep]) -> int:
     largest = max(sizes.values(), default=0)
     # fetched and converted; checkpoints and result; merged weights
     weights = {"model": 2.0, "train": 1.0, "merge": 1.0}
-    needed = sum(weights.get(line.step.kind, 0.0) * largest for line in lines if line.state != "cached")
+    needed = sum(weights.get(line.step.kind, 0.0) * largest for line in lines if not line.made)
     return int(needed) + RESERVE_BYTES
 
 
@@ -46,11 +47,18 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         What will work and not as one would like, a sentence each.
 
     Raises:
-        InputError: too little disk, bf16 on a device without it, a template that does not compile, a method for which a
-            package or device is missing, a base that is quantised already.
+        InputError: a shared store that says no, too little disk, bf16 on a device without it, a template that does not
+            compile, a method for which a package or device is missing, a base that is quantised already.
     """
     problems: list[Problem] = []
     notes: list[str] = []
+    store = shared_store()
+    if store is not None:
+        try:
+            store.require_usable()
+        except InputError as error:
+            problems += error.problems
+        store.tell(notes.append)
     if any(line.state != "cached" for line in lines):
         try:
             home.require_free(bytes_needed(pipeline, lines))
@@ -93,7 +101,7 @@ def _board_problems(where: str, boards: tuple[str, ...]) -> list[Problem]:
 def _method_problems(pipeline: Pipeline, lines: list[PlannedStep]) -> list[Problem]:
     """Settings that this machine lacks something for, and bases on this disk that cannot be trained on."""
     problems: list[Problem] = []
-    made = {id(line.step) for line in lines if line.state == "cached"}
+    made = {id(line.step) for line in lines if line.made}
     for name, stage in pipeline.stages.items():
         if id(stage.trained) in made:
             continue
@@ -112,7 +120,7 @@ def require_rows(lines: list[PlannedStep]) -> None:
     Raises:
         InputError: as the fetch steps would, for all of them at once.
     """
-    waiting = [line.step for line in lines if line.step.kind == "fetch" and line.state != "cached"]
+    waiting = [line.step for line in lines if line.step.kind == "fetch" and not line.made]
     waiting = [step for step in waiting if not step.inputs]  # files that have to be downloaded first cannot be read now
     files = {Path(file) for step in waiting for files in step.runtime["files"] for file in files}
     if sum(path.stat().st_size for path in files) > READ_BYTES:
@@ -131,7 +139,7 @@ def _template_problems(lines: list[PlannedStep]) -> list[Problem]:
     """Of the templates that can be read now: given ones, and those of models on this disk."""
     problems: list[Problem] = []
     for line in lines:
-        if line.step.kind != "render" or line.state == "cached":
+        if line.step.kind != "render" or line.made:
             continue
         base = line.step.inputs["base"].source
         try:

@@ -29,6 +29,9 @@ BACKEND = "MLFLOW_BACKEND_STORE_URI"
 POLL_SECONDS = "2"  # how often the worker asks for runs; Prefect's 10 s are for servers with many workers
 HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 HEARTBEAT_SECONDS = 30  # between two signs of life of a run; the least that Prefect takes
+LEASES = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+# Prefect's default forgets them when its server ends, and a lock whose holder died meanwhile would never be free again
+KEPT_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 BUSY, BUSY_TRIES, BUSY_SECONDS = 503, 10, 0.5
 _open = build_opener(ProxyHandler({})).open  # loopback is never behind a proxy
 
@@ -153,7 +156,10 @@ SERVICES = {
         lambda port: ["prefect", "server", "start", "--host", HOST, "--port", str(port)],
         lambda port: f"http://{HOST}:{port}/api",
         # without its address the pages would talk to port 4200, whatever the server's own is
-        lambda home, api: prefect_environment(home) | {"PREFECT_API_URL": str(api), "PREFECT_UI_API_URL": str(api)},
+        lambda home, api: (
+            prefect_environment(home)
+            | {"PREFECT_API_URL": str(api), "PREFECT_UI_API_URL": str(api), LEASES: os.environ.get(LEASES, KEPT_LEASES)}
+        ),
         lambda server, api: answers(f"{server.url}/health"),
         stop_seconds=10,
     ),

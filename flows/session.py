@@ -18,6 +18,7 @@ from flows.graph import Pipeline, gated
 from flows.mlflow_tree import MlflowTree, Nested
 from flows.model_events import tell_decided, tell_registered
 from flows.run_records import RunRecord
+from flows.server_locks import across_machines
 from flows.view import View
 from registry.errors import InputError
 from registry.gates import condition
@@ -28,6 +29,7 @@ from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted, check_stop
 from tasks.measurements import read_results
 from tasks.program import classify
+from tasks.sharing import update
 from tasks.steps import Outcome, Step, do
 from tasks.tracking import Tracker
 
@@ -55,7 +57,8 @@ class Session:
         nested: Nested | None = None,
     ) -> None:
         self.pipeline, self.home, self.view = pipeline, home, view
-        self.store, self.memory = Store(home), DigestMemory(home.digests)
+        self.store, self.memory = Store(home, across_machines()), DigestMemory(home.digests)
+        self._wanted = pipeline.results()
         self.stop = stop or threading.Event()
         self.outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, BaseException] = {}
@@ -97,7 +100,7 @@ class Session:
 
         self.view.started(step)
         try:
-            outcome = do(step, self.store, self.memory, self.stop, emit)
+            outcome = do(step, self.store, self.memory, self.stop, emit, title in self._wanted)
         except BaseException as error:
             if step.kind == "train":
                 self.boards.ended(step.stage, False)
@@ -112,7 +115,7 @@ class Session:
             self.outcomes[title] = outcome
             added = self.tree.ended(step, outcome)
             if added:
-                self.store.annotate(outcome.artifact, **added)
+                update(self.store, self.store.annotate(outcome.artifact, **added))
             self._write(self.record.update, steps=self.steps_json())
         self.view.ended(step, outcome)
         return outcome

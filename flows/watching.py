@@ -30,6 +30,7 @@ from tasks.artifacts import Artifact, Store, remove_folder
 from tasks.download import SOURCE
 from tasks.hub import hub_endpoint
 from tasks.locks import try_lock
+from tasks.sharing import brought, withdraw
 from tasks.steps import Step
 
 ACTIVE = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "PAUSED"]
@@ -75,7 +76,9 @@ def changed_data(recipe: str, overrides: list[str], home: Home) -> str | None:
         HfHubHTTPError, OSError: the hub cannot be asked.
     """
     store, pipeline = Store(home), build(load_recipe(recipe, overrides), home)
-    downloads = [(line.step.identity, line.artifact) for line in plan(pipeline, store) if line.step.kind == "download"]
+    lines = [line for line in plan(pipeline, store) if line.step.kind == "download" and line.key]
+    # one that another machine made may be of a commit that is not the newest any more either
+    downloads = [(line.step.identity, brought(store, line.step.kind, str(line.key))) for line in lines]
     moved = [_forget_if_moved(asked, artifact, store) for asked, artifact in downloads if artifact is not None]
     if any(moved):
         return "; ".join(filter(None, moved))
@@ -105,6 +108,7 @@ def _forget_if_moved(asked: dict[str, Any], artifact: Artifact, store: Store) ->
     with try_lock(store.lock_path(artifact.key)) as free:
         if found.sha == known or not free:
             return None
+        withdraw(store, artifact)
         remove_folder(artifact.path)
     return f"{asked['address']} went from commit {known[:8]} to {str(found.sha)[:8]}"
 

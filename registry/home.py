@@ -82,6 +82,11 @@ class Home:
         return self.path / "work"
 
     @property
+    def delivered(self) -> Path:
+        """One empty file per artifact that a shared store has from here, or had when it was asked."""
+        return self.path / "delivered"
+
+    @property
     def damaged(self) -> Path:
         """Artifacts found damaged, kept for a look."""
         return self.path / "damaged"

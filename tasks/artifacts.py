@@ -13,14 +13,20 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.home import Home
 from tasks.digests import content_digest, sha256_file, sync
+
+if TYPE_CHECKING:
+    from tasks.shared_store import SharedStore
 
 FORMAT = 1  # layout of manifest.json
 MANIFEST = "manifest.json"
@@ -33,6 +39,8 @@ class Artifact:
 
     path: Path
     manifest: dict[str, Any]
+    here: bool = True
+    """Its files are in `path`; else they are in the shared store only, and `path` is where they would go."""
 
     @property
     def key(self) -> str:
@@ -94,11 +102,25 @@ def damage(artifact: Artifact, deep: bool = False) -> str | None:
     return None
 
 
-class Store:
-    """Finds, takes in, sets aside and lists artifacts of one home."""
+Across = Callable[[str, threading.Event, Callable[[str], None]], AbstractContextManager[None]]
+"""Holds the lock of a key among all machines: key, what ends the wait, who is told that it waits."""
 
-    def __init__(self, home: Home) -> None:
-        self.home = home
+
+def on_this_machine(key: str, stop: threading.Event, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """No lock among machines: two of them may make the same at the same time, each whole, and one is kept."""
+    return nullcontext()
+
+
+class Store:
+    """Finds, takes in, sets aside and lists artifacts of one home.
+
+    Args:
+        home: whose.
+        across: the lock of a key among the machines that share a store; asked for only where there is one.
+    """
+
+    def __init__(self, home: Home, across: Across = on_this_machine) -> None:
+        self.home, self.across = home, across
 
     def folder(self, step: str, label: str, key: str) -> Path:
         """Where an artifact goes: the name for people first, the key last."""
@@ -108,6 +130,17 @@ class Store:
     def work_folder(self, step: str, key: str) -> Path:
         """Where an unfinished step works; it survives a crash."""
         return self.home.work / f"{step}-{key[:12]}"
+
+    @cached_property
+    def shared(self) -> SharedStore | None:
+        """The store that other machines have a part in, see `tasks.sharing`; None: this home is alone.
+
+        Raises:
+            InputError: it is named and cannot be used.
+        """
+        from tasks.shared_store import shared_store  # which is made of what is here
+
+        return shared_store()
 
     def lock_path(self, key: str) -> Path:
         """The lock of a key."""
@@ -166,11 +199,15 @@ class Store:
         (output / f".{MANIFEST}").write_text(text, encoding="utf-8")
         sync(output / f".{MANIFEST}")
         (output / f".{MANIFEST}").rename(output / MANIFEST)
+        return self.take(step, label, whole, output)
+
+    def take(self, step: str, label: str, manifest: dict[str, Any], output: Path) -> Artifact:
+        """Put a folder that is whole, manifest included, in its place; it is renamed away."""
         target = self.folder(step, label, manifest["key"])
         target.parent.mkdir(parents=True, exist_ok=True)
         output.rename(target)
         sync(target.parent)
-        return Artifact(target, whole)
+        return Artifact(target, manifest)
 
     def all(self) -> Iterator[Artifact]:
         """Every artifact with a readable manifest, whole or not, newest first."""

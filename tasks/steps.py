@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
@@ -20,15 +19,17 @@ from typing import Any
 
 from registry.errors import InputError, Problem
 from registry.home import Home
-from tasks.artifacts import MANIFEST, Artifact, Store, read_artifact, remove_folder, select
+from tasks.artifacts import MANIFEST, Artifact, Store, remove_folder, select
 from tasks.digests import DigestMemory, content_digest
 from tasks.fingerprint import fingerprint
 from tasks.locks import check_stop, locked
+from tasks.manifests import RECORDED, manifest_of
 from tasks.program import Spec
+from tasks.sharing import deliver, fetch, known, offered, tell
 from tasks.slots import Wanted, devices_for
-from tasks.versions import package_versions, provenance
+from tasks.versions import package_versions
 
-RECORDED = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "jinja2", "pyarrow")
+DATA_STEPS = ("model", "download", "fetch", "render", "tokenize")  # kinds of those that come before any training
 RESUME_FILE = "report/resume.json"
 
 
@@ -199,7 +200,7 @@ def _found(wanted: Input, store: Store, memory: DigestMemory) -> tuple[Path, str
         files.pop(MANIFEST, None)  # of an artifact that serves as a folder: no content
         return wanted.source.path, content_digest(select(files, wanted.part))
     ready = prepare(wanted.source, store, memory)
-    artifact = store.find(wanted.source.kind, ready.key) if ready else None
+    artifact = known(store, wanted.source.kind, ready.key) if ready else None
     return (artifact.path, artifact.part_digest(wanted.part)) if artifact else None
 
 
@@ -231,13 +232,19 @@ def behind(step: Step, *names: str) -> Step:
 
 
 def do(
-    step: Step, store: Store, memory: DigestMemory, stop: threading.Event, emit: Callable[[dict[str, Any]], None]
+    step: Step,
+    store: Store,
+    memory: DigestMemory,
+    stop: threading.Event,
+    emit: Callable[[dict[str, Any]], None],
+    here: bool = True,
 ) -> Outcome:
     """Make a step's artifact, unless it is there.
 
     Args:
         step: the step; every step it depends on is done.
         emit: gets events with a `kind`: `note`, `progress`, `metrics`.
+        here: bring it to this home when only the shared store has it.
 
     Raises:
         InputError, ProgramFailed, OSError: as the step's function does; nothing half-made is left as an artifact.
@@ -247,28 +254,63 @@ def do(
     ready = prepare(step, store, memory)
     if ready is None:
         raise RuntimeError(f"{step.title}: an input is not there; an artifact was removed while the pipeline ran")
-    artifact, folder = store.find(step.kind, ready.key), store.work_folder(step.kind, ready.key)
-    if artifact and not folder.exists():
+    artifact, lock = store.find(step.kind, ready.key), store.lock_path(ready.key)
+    if artifact and not store.work_folder(step.kind, ready.key).exists():
+        deliver(store, artifact, stop, emit)
         return Outcome("cached", artifact, time.monotonic() - started)
-
-    def say(text: str) -> None:
-        emit({"kind": "note", "text": text})
-
-    with locked(store.lock_path(ready.key), stop, say):
-        artifact = store.find(step.kind, ready.key)
+    say = _saying(emit)
+    if artifact is None and store.shared:
+        artifact = offered(store, step.kind, ready.key)
+        tell(store, say)
+        if artifact and here:
+            with locked(lock, stop, say):
+                artifact = store.find(step.kind, ready.key) or fetch(store, step.kind, ready.key, stop, emit)
         if artifact:
-            remove_folder(folder)  # left by a kill between the step's last rename and its clean-up
             return Outcome("cached", artifact, time.monotonic() - started)
-        damaged = store.set_aside_if_damaged(step.kind, ready.key)
+        for wanted in step.inputs.values():
+            if isinstance(wanted.source, Step):  # which may be elsewhere only, or made anew if it cannot be fetched
+                do(wanted.source, store, memory, stop, emit)
+        again = prepare(step, store, memory)
+        if again is None or again.key != ready.key:  # an input came out with other bytes
+            return do(step, store, memory, stop, emit, here)
+        ready = again
+    with locked(lock, stop, say):
+        return _settle(step, store, ready, stop, emit)
+
+
+def _settle(
+    step: Step, store: Store, ready: Ready, stop: threading.Event, emit: Callable[[dict[str, Any]], None]
+) -> Outcome:
+    """Find or make what a key says, under its lock; the inputs are in this home."""
+    started, say = time.monotonic(), _saying(emit)
+    folder = store.work_folder(step.kind, ready.key)
+    artifact = store.find(step.kind, ready.key)
+    if artifact:
+        remove_folder(folder)  # left by a kill between the step's last rename and its clean-up
+        deliver(store, artifact, stop, emit)
+        return Outcome("cached", artifact, time.monotonic() - started)
+    damaged = store.set_aside_if_damaged(step.kind, ready.key)
+    with store.across(ready.key, stop, say) if store.shared else nullcontext():
+        artifact = fetch(store, step.kind, ready.key, stop, emit)  # made by another machine while this one waited
+        if artifact:
+            return Outcome("cached", artifact, time.monotonic() - started)
         if damaged:
             say(f"made again, because the artifact was damaged: {damaged}")
         work = _open_work(step, store, ready, stop, emit, bool(damaged))
         with _slot(step, ready, store.home, stop, say) as work.devices:
             started = time.monotonic()  # waiting for others is not this step's time
-            counts = _named(step.run)(work)
-        artifact = _commit(step, store, ready, work, counts, time.monotonic() - started)
+            counts = _named(step.run)(work) or {}
+        manifest = manifest_of(step, ready, counts, time.monotonic() - started)
+        artifact = store.commit(step.kind, step.label, manifest, work.output, work.known)
         remove_folder(work.folder)
-    return Outcome("ran", artifact, time.monotonic() - started, (counts or {}).get("resumed_from"))
+        seconds = time.monotonic() - started
+        deliver(store, artifact, stop, emit, ask=False)
+        tell(store, say)
+    return Outcome("ran", artifact, seconds, counts.get("resumed_from"))
+
+
+def _saying(emit: Callable[[dict[str, Any]], None]) -> Callable[[str], None]:
+    return lambda text: emit({"kind": "note", "text": text})
 
 
 def _open_work(
@@ -311,34 +353,6 @@ def _named(function: str) -> Callable[..., Any]:
     module, name = function.split(":")
     found: Callable[..., Any] = getattr(import_module(module), name)
     return found
-
-
-def _commit(
-    step: Step, store: Store, ready: Ready, work: Work, counts: dict[str, Any] | None, seconds: float
-) -> Artifact:
-    origins = {name: _origin(path) for name, path in ready.paths.items()}
-    manifest = {
-        "key": ready.key,
-        "step": step.kind,
-        "stage": step.stage,
-        "label": step.label,
-        **{name: ready.payload[name] for name in ("step_version", "identity", "packages")},
-        "inputs": {name: {"digest": ready.digests[name], **origins[name]} for name in sorted(ready.digests)},
-        "recorded_packages": package_versions(RECORDED),
-        "counts": counts or {},
-        "seconds": round(seconds, 3),
-        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        **provenance(),
-    }
-    return store.commit(step.kind, step.label, manifest, work.output, work.known)
-
-
-def _origin(path: Path) -> dict[str, Any]:
-    """Where an input came from, for people: artifact folder and key, or the local folder."""
-    artifact = read_artifact(path)
-    if artifact is None:
-        return {"folder": str(path)}
-    return {"artifact": f"{artifact.step}/{path.name}", "key": artifact.key}
 
 
 def version_drift(artifact: Artifact) -> list[str]:

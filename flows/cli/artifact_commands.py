@@ -15,7 +15,7 @@ artifacts_app = typer.Typer(
 
 @artifacts_app.command("ls")
 def artifacts_ls(json: Json = False) -> None:
-    """List artifacts, newest first."""
+    """List the artifacts of this home, newest first; not those of a shared store."""
     from flows.cli.stored import list_artifacts
 
     list_artifacts(json)
@@ -45,7 +45,7 @@ def artifacts_verify(
     key: Annotated[str | None, typer.Argument(help="Beginning of a key; all artifacts without it.")] = None,
     json: Json = False,
 ) -> None:
-    """Read every file and compare it with its sha256."""
+    """Read every file of this home and compare it with its sha256; a shared store's are checked when they come."""
     from flows.cli.stored import verify_artifacts
 
     raise typer.Exit(verify_artifacts(key, json))
@@ -59,7 +59,7 @@ def artifacts_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove artifacts that no recent run refers to, unfinished work and damaged folders."""
+    """Remove artifacts that no recent run refers to, unfinished work, damaged folders; a shared store is left alone."""
     from flows.cli.stored import collect_garbage
 
     collect_garbage(keep_runs, dry_run, json)

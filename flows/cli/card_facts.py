@@ -25,6 +25,7 @@ from tasks.fetch import KEPT_BACK, ROWS
 from tasks.fingerprint import fingerprint
 from tasks.measurements import read_results
 from tasks.preview import steps_behind
+from tasks.sharing import brought
 from tasks.steps import Step, upstream
 from tasks.training import REWARD_ADAPTER, REWARD_MODEL
 
@@ -52,14 +53,22 @@ def finished(
         InputError: something of it is not done.
     """
     needed = {step.title for step in upstream(ends)}
-    lines = [line for line in plan(pipeline, Store(home)) if line.step.title in needed]
-    missing = [line for line in lines if line.artifact is None]
+    store = Store(home)
+    lines = [line for line in plan(pipeline, store) if line.step.title in needed]
+    read = {line.step.title for line in lines if line.step.kind == "fetch"} | pipeline.results()
+    found = {
+        line.step.title: brought(store, line.step.kind, str(line.key))
+        if line.shared and line.step.title in read
+        else line.artifact or line.shared
+        for line in lines
+    }
+    missing = [line for line in lines if found[line.step.title] is None]
     if missing:
         first = [f"{line.step.title} ({'; '.join(line.why)})" for line in missing if line.state != "unknown"]
         rest = f", and {len(missing) - len(first)} steps behind" if len(missing) > len(first) else ""
         rule = f"stage {stage} is not done: {', '.join(first)}{rest}"
         raise InputError(Problem(command, rule, f"First run `llamatuner run {recipe}`, with the same --set."))
-    return {line.step.title: line.artifact for line in lines if line.artifact}
+    return {title: artifact for title, artifact in found.items() if artifact}
 
 
 def card_of(pipeline: Pipeline, stage: str, artifacts: Artifacts, adapter: bool, saved: str, dtype: str) -> Card:

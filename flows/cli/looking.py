@@ -17,7 +17,7 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.templates import TemplateEntry
 
-STYLES = {"cached": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"}
+STYLES = {"cached": "dim", "shared": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"}
 
 
 def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: bool) -> None:
@@ -27,11 +27,14 @@ def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: b
     from flows.planning import plan
     from registry.loading import load_recipe
     from tasks.artifacts import Store
+    from tasks.sharing import tell
 
     console = people(as_json)
     recipe = load_recipe(name, overrides)
     home = Home.open()
-    lines = plan(build(recipe, home, strict_versions), Store(home))
+    store = Store(home)
+    lines = plan(build(recipe, home, strict_versions), store)
+    tell(store, lambda text: console.print(Text(text, style="yellow")))
     counts = {state: sum(line.state == state for line in lines) for state in STYLES}
     table = Table(box=None, pad_edge=False)
     for column in ("step", "state", "why"):
@@ -198,6 +201,7 @@ def show_environment(as_json: bool) -> None:
     import psutil
 
     from flows.services import without_credentials
+    from registry.store_url import VARIABLE as STORE
     from tasks.devices import cuda_devices
     from tasks.servers import PREFECT, address
     from tasks.steps import RECORDED
@@ -218,6 +222,7 @@ def show_environment(as_json: bool) -> None:
         "devices": [f"{d.name}, {d.memory_mib} MiB, compute capability {d.capability}" for d in cuda_devices()],
         "home": str(home.path),
         "home_free_gib": round(shutil.disk_usage(parent).free / 2**30, 1),
+        "shared_store": without_credentials(os.environ.get(STORE) or "none"),
         "prefect_api": without_credentials(os.environ.get("PREFECT_API_URL") or address(home, PREFECT) or "embedded"),
         "mlflow_tracking": without_credentials(tracking_uri(home)),
     }

@@ -17,6 +17,7 @@ from registry.errors import InputError
 from registry.home import Home
 from registry.loading import load_recipe
 from tasks.artifacts import Store
+from tasks.sharing import deliver, tell, undelivered
 from tasks.steps import Outcome
 
 Told = Callable[[dict[str, Any]], dict[str, Any]]
@@ -61,7 +62,10 @@ def run_recipe(
 
 def _settled(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> bool:
     """Whether nothing is to be done: no step, no run that could not be closed, no gate that nobody has decided."""
-    if any(line.state != "cached" for line in lines) or any(unclosed(record) for record in records(home)):
+    wanted = pipeline.results()
+    if any(line.artifact is None and (not line.made or line.step.title in wanted) for line in lines):
+        return False
+    if any(unclosed(record) for record in records(home)):
         return False
     if gated(pipeline) is None or not pipeline.recipe.evaluation.gate:
         return True
@@ -71,11 +75,13 @@ def _settled(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> bool:
 
 def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Console, told: Told | None) -> int:
     """Everything is there: read manifests, print results, start nothing."""
-    outcomes = {line.step.title: Outcome("cached", line.artifact, 0.0) for line in lines if line.artifact}
+    _deliver(lines, home, console)
+    there = {line.step.title: line.artifact or line.shared for line in lines}
+    outcomes = {title: Outcome("cached", artifact, 0.0) for title, artifact in there.items() if artifact}
     record = last_with_keys(home, [line.key for line in lines])
     if told is None:
         for line in lines:
-            for why in line.why:
+            for why in line.why if line.artifact else ():
                 console.print(f"{line.step.title}: {why}", style="yellow", markup=False)
     values = record.values if record else {}
     print_report(console, pipeline, outcomes, home, "up to date: nothing to do", gate=values.get("gate"))
@@ -83,6 +89,18 @@ def _up_to_date(pipeline: Pipeline, lines: list[PlannedStep], home: Home, consol
         runs = values.get("mlflow_run_id"), values.get("flow_run_id")
         print_json(told(_answer(pipeline, outcomes, "up-to-date", [], *runs, values.get("gate"))))
     return DONE
+
+
+def _deliver(lines: list[PlannedStep], home: Home, console: Console) -> None:
+    """Give the shared store what it has not got from here yet."""
+    store = Store(home)
+    waiting = [line.artifact for line in lines if line.artifact and undelivered(store, line.artifact)]
+    if waiting:
+        size = sum(artifact.size for artifact in waiting)
+        console.print(f"{len(waiting)} artifacts, {size / 1e6:,.1f} MB, to the shared store", markup=False)
+    for artifact in waiting:
+        deliver(store, artifact, threading.Event(), lambda event: None)
+    tell(store, lambda text: console.print(text, style="yellow", markup=False))
 
 
 def _answer(
@@ -108,8 +126,10 @@ def _run(pipeline: Pipeline, lines: list[PlannedStep], home: Home, console: Cons
     from flows.session import Session, stopping
     from flows.view import make_view
 
-    waiting = sum(line.state != "cached" for line in lines)
-    console.print(f"{pipeline.recipe.name}: {waiting} of {len(lines)} steps to do", style="bold", markup=False)
+    waiting, wanted = sum(not line.made for line in lines), pipeline.results()
+    fetched = sum(line.shared is not None and line.step.title in wanted for line in lines)
+    more = f", {fetched} to fetch" if fetched else ""
+    console.print(f"{pipeline.recipe.name}: {waiting} of {len(lines)} steps to do{more}", style="bold", markup=False)
     view = make_view(console)
     stop = threading.Event()
     try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from flows.cli.output import DONE, FAILED, people, print_json
 from flows.run_records import RUNNING, records
 from registry.errors import InputError, Problem
 from registry.home import Home
+from registry.store_url import store_url
 from tasks.artifacts import Artifact, Store, damage, remove_folder
 from tasks.chunks import forget, remove_unused
 from tasks.explain import differences
@@ -53,6 +55,7 @@ def list_artifacts(as_json: bool) -> None:
         console.print(Text(text, style="red" if state else ""), soft_wrap=True)
     if not lines:
         console.print("no artifacts yet")
+    _say_of_shared(console, "has artifacts of its own, which are not listed")
     if as_json:
         print_json({"artifacts": lines})
 
@@ -123,6 +126,7 @@ def verify_artifacts(key: str | None, as_json: bool) -> int:
         console.print(text, soft_wrap=True)
     damaged = sum(result["damage"] is not None for result in results)
     console.print(Text(f"{len(results)} checked, {damaged} damaged"))
+    _say_of_shared(console, "was not read; what comes from there is checked when it comes")
     if as_json:
         print_json({"artifacts": results, "damaged": damaged})
     return FAILED if damaged else DONE
@@ -179,8 +183,16 @@ def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
     for name in removed:
         console.print(Text(f"{'would remove' if dry_run else 'removed'} {name}"), soft_wrap=True)
     console.print(Text(f"{len(removed)} folders, {chunks} chunks, {(freed + size) / 1e6:,.1f} MB"))
+    _say_of_shared(console, "is left alone")
     if as_json:
         print_json({"removed": removed, "chunks": chunks, "bytes": freed + size, "dry_run": dry_run})
+
+
+def _say_of_shared(console: Console, what: str) -> None:
+    """What a command that looks at this home does about the shared store, where there is one."""
+    url = store_url()
+    if url:
+        console.print(Text(f"the shared store {url} {what}", style="dim"), soft_wrap=True)
 
 
 def _own_bytes(folder: Path) -> int:
