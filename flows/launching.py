@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.errors import Problem
+from registry.home import Home
 from tasks.artifacts import Store
 from tasks.launchers.choice import CLUSTERS, cluster_problems
-from tasks.launchers.job import SPEC, Job, command
+from tasks.launchers.job import LEFT, SPEC, Job, command, read_left
+from tasks.locks import is_free
 from tasks.program import Spec
 from tasks.steps import LocalFolder, Step
 from tasks.training import launch_of
@@ -44,6 +46,19 @@ def cluster_problems_of(lines: Sequence[PlannedStep]) -> list[Problem]:
                 rule = f"{path} is not under mount_path {mounted}, so a pod would not see it"
                 problems.append(Problem("kubernetes.mount_path", rule, "Put it there: home, models and data files."))
     return list(dict.fromkeys(problems))
+
+
+def jobs_without_run(home: Home) -> list[str]:
+    """Jobs of clusters whose flow has died, a phrase each: their next run takes them over."""
+    found = []
+    for folder in sorted(path.parent for path in home.work.glob(f"*/{LEFT}")):
+        left, key = read_left(folder), folder.name.rpartition("-")[2]
+        # whoever follows a job holds the lock of its step's key
+        followed = any(not is_free(lock) for lock in home.locks.glob(f"{key}*.lock"))
+        if left is not None and not followed:
+            number = f" ({left['id']})" if "id" in left else ""
+            found.append(f"{left['launcher']} job {left['name']}{number} works in work/{folder.name}")
+    return found
 
 
 def launch_text(line: PlannedStep, store: Store) -> str:

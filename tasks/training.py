@@ -61,8 +61,7 @@ def train_step(
 ) -> Step:
     """The step that trains.
 
-    The number of machines comes from the environment, or of a cluster from the settings; it changes what a step holds,
-    so it enters the key.
+    The number of machines, of the environment or a cluster's, changes what a step holds, so it enters the key.
 
     Args:
         label: its name for people.

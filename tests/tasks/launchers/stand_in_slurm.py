@@ -47,13 +47,14 @@ def options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 def sbatch(words: list[str]) -> None:
     _, (file,) = options(words)
     asked: dict[str, str] = {}
-    for line in Path(file).read_text().splitlines():
+    text = Path(file).read_text()
+    for line in text.splitlines():
         if line.startswith("#SBATCH "):
             asked |= options(shlex.split(line.removeprefix("#SBATCH ")))[0]
     if asked.get("partition") == "none":
         sys.exit("sbatch: error: invalid partition specified: none")
     number = str(100 + len(list(JOBS.glob("*.json"))))
-    write(number, state="PENDING", name=asked["job-name"], file=file, asked=asked, starts=0)
+    write(number, state="PENDING", name=asked["job-name"], file=file, text=text, asked=asked, starts=0)
     line = [sys.executable, __file__, "slurmd", number]
     nowhere = subprocess.DEVNULL
     daemon = subprocess.Popen(line, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
