@@ -204,6 +204,7 @@ def ask(
             text=True,
             errors="replace",
             timeout=seconds,
+            start_new_session=True,  # Ctrl-C is the flow's, and must not cut off what it asks for
             env=None if environment is None else dict(environment),
         )
     except subprocess.TimeoutExpired:

@@ -254,7 +254,7 @@ class KubernetesJob:
         """Put what its pods have printed into the program's log; deleted pods tell nothing more."""
         label = f"--selector=jobset.sigs.k8s.io/jobset-name={self.name}"
         many = [f"--max-log-requests={self.job.machines}", "--prefix"] if self.job.machines > 1 else []
-        asked = _kubectl(self.namespace, "logs", label, "--tail=-1", *many)
+        asked = _kubectl(self.namespace, "logs", label, "--tail=-1", *many, seconds=10.0)
         with open(self.job.log, "a", encoding="utf-8") as file:
             file.write(asked.stdout if asked.returncode == 0 else f"kubectl logs: {asked.stderr}")
 

@@ -36,6 +36,7 @@ CANCEL_SECONDS = 25.0  # to end, after which it is left to Slurm; Prefect kills 
 LONGEST_END_SECONDS = 120.0  # Slurm gives a program 30 s between SIGTERM and SIGKILL, where nobody set KillWait higher
 SILENCE_SECONDS = 1800.0  # without an answer of squeue, after which the run fails, and can be tried again
 WARNING_SECONDS = 120  # before the time limit
+UNHEARD = ("no answer within", "Unable to contact", "timed out")  # of ours and sbatch's words: the controller is away
 UNKNOWN = "UNKNOWN"  # a job that Slurm has forgotten
 ENDED = {UNKNOWN, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 ENDED |= {"PREEMPTED", "TIMEOUT"}
@@ -157,6 +158,8 @@ class Slurm:
         file.write_text(text, encoding="utf-8")
         write_left(job.folder, launcher="slurm", name=job_name(job.folder), digest=digest)
         asked = ask(["sbatch", "--parsable", str(file)], environment() | dict(job.environment))
+        if any(words in asked.stderr for words in UNHEARD):  # it may be submitted: the next attempt looks for its name
+            raise ProgramFailed("network", f"sbatch: {asked.stderr.strip()}")
         if asked.returncode != 0:
             (job.folder / LEFT).unlink()
             raise ProgramFailed("bad_setting", f"sbatch refuses {file}: {asked.stderr.strip()}")

@@ -53,6 +53,8 @@ def sbatch(words: list[str]) -> None:
             asked |= options(shlex.split(line.removeprefix("#SBATCH ")))[0]
     if asked.get("partition") == "none":
         sys.exit("sbatch: error: invalid partition specified: none")
+    if asked.get("partition") == "away":
+        sys.exit("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)")
     number = str(100 + len(list(JOBS.glob("*.json"))))
     write(number, state="PENDING", name=asked["job-name"], file=file, text=text, asked=asked, starts=0)
     line = [sys.executable, __file__, "slurmd", number]

@@ -51,7 +51,7 @@ def run(folder: Path, program: tuple[str, Spec, Path], **arguments: Any) -> list
     seen: list[dict[str, Any]] = []
     options = OPTIONS | arguments.pop("options", {})
     launcher = Kubernetes(Cluster("kubernetes", options, str(folder / "home")), look=0.3)
-    run_program(*program, seen.append, deadline=WAIT_SECONDS, launcher=launcher, **arguments)
+    run_program(*program, seen.append, deadline=2 * WAIT_SECONDS, launcher=launcher, **arguments)
     return seen
 
 
@@ -104,6 +104,29 @@ def test_a_program_runs_in_pods_and_tells_what_it_does(tmp_path: Path) -> None:
     assert not any("secret-7" in (program[2] / name).read_text() for name in ("job.yaml", "spec.json"))
     assert read_left(program[2]) is None
     assert list((tmp_path / "cluster").glob("llamatuner-*.json")) == []  # deleted
+
+
+@pytest.mark.slow
+def test_the_processes_of_two_pods_meet_and_each_pod_has_its_own_folder(tmp_path: Path) -> None:
+    body = """
+    import os
+    from pathlib import Path
+    from tasks.program import main
+    def work(spec, events):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        values = ",".join(os.environ[name] for name in names)
+        Path(spec.output, f"rank-{os.environ['RANK']}").write_text(values)
+        events.emit("note", text=values)
+    main(work)
+    """
+    program = toy(tmp_path, body)
+    seen = run(tmp_path, program, processes=2, nodes=Nodes(2))
+    work = program[2]
+    found = {path.name: path.read_text() for path in (work / "output").iterdir()}
+    assert found == {"rank-0": "0,4,0,2,0", "rank-1": "1,4,1,2,0"}
+    found = {path.name: path.read_text() for path in (work / "machine-1" / "output").iterdir()}
+    assert found == {"rank-2": "2,4,0,2,1", "rank-3": "3,4,1,2,1"}
+    assert [text for text in notes(seen) if text[0].isdigit()] == ["0,4,0,2,0"]  # told once, by the first machine
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,16 @@ def test_a_job_that_slurm_does_not_take_is_not_tried_again(tmp_path: Path, slurm
     assert read_left(tmp_path / "home/work/train-0123456789ab") is None
 
 
+def test_a_controller_that_is_away_is_asked_again(tmp_path: Path, stand_in: Path) -> None:
+    program = toy(tmp_path)
+    with pytest.raises(ProgramFailed, match="Unable to contact slurm controller") as caught:
+        run(tmp_path, program, launcher=launcher(tmp_path, partition="away"))
+    assert caught.value.retried
+    assert read_left(program[2]) is not None  # a job may be there, and would be found by its name
+    run(tmp_path, program)
+    assert (program[2] / "output" / "made").exists()
+
+
 def test_a_stop_request_ends_the_job_which_saves_first(tmp_path: Path, slurm: str) -> None:
     program, stop = toy(tmp_path, steps=10_000), threading.Event()
     numbers: list[str] = []
