@@ -172,7 +172,7 @@ def job_name(folder: Path) -> str:
     """A job's name: the same for every attempt of a step, another one in another home. Good as a name in DNS.
 
     >>> job_name(Path("/home/ada/.llamatuner/work/add_tokens-3f9c2a1b4d5e"))
-    'llamatuner-add-tokens-3f9c2a1b4d5e-be7bd3a7'
+    'llamatuner-add-tokens-3f9c2a1b4d5e-c7b090c1'
     """
     home = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     return f"llamatuner-{folder.name.replace('_', '-').lower()}-{home}"
