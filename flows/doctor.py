@@ -14,13 +14,15 @@ from typing import Literal
 
 import psutil
 
+from flows.launching import jobs_without_run
 from flows.reconcile import reconcile
 from flows.run_records import RunRecord, records, unclosed
 from flows.servers import live_runs
 from flows.services import SERVICES
 from registry.home import Home
 from tasks.artifacts import Store, damage
-from tasks.locks import try_lock
+from tasks.launchers.job import LEFT
+from tasks.locks import is_free
 from tasks.mlflow_journal import left_behind
 from tasks.servers import PREFECT, read_servers
 from tasks.tracking import tell_what_waits
@@ -68,6 +70,10 @@ def _orphans(home: Home) -> Finding:
         process.kill()
     if found:
         return Finding("programs", "mended", f"ended {len(found)} whose flow is gone: {_pids(found)}")
+    jobs = jobs_without_run(home)
+    if jobs:
+        text = f"{'; '.join(jobs)}: the next run of their recipe takes them over, `artifacts gc` ends them"
+        return Finding("programs", "good", text)
     return Finding("programs", "good", "none works for a flow that is gone")
 
 
@@ -81,12 +87,7 @@ def _is_orphan(process: psutil.Process, home: Home) -> bool:
         return False
     # the flow holds the lock of a step's key as long as it lives; process ids tell less, in a container above all
     locks = list(home.locks.glob(f"{spec.parent.name.rpartition('-')[2]}*.lock"))
-    return all(_is_free(lock) for lock in locks)
-
-
-def _is_free(lock: Path) -> bool:
-    with try_lock(lock) as free:
-        return free
+    return all(is_free(lock) for lock in locks) and not (spec.parent / LEFT).exists()  # a cluster's job may go on
 
 
 def _pids(found: list[psutil.Process]) -> str:

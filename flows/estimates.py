@@ -46,7 +46,7 @@ def memory_notes(lines: Sequence[PlannedStep]) -> list[str]:
     """
     notes = []
     for line in lines:
-        if line.estimate is None or line.estimate.memory is None:
+        if line.estimate is None or line.estimate.memory is None or line.step.cluster:  # which has devices of its own
             continue
         settings = line.step.identity["train"]
         needed, there, what = _needed_and_there(line.estimate.memory.total, settings["nproc_per_node"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.gates import condition
 from registry.home import Home
 from registry.recipe import Recipe
+from registry.records import RuntimeSettings
 from registry.stage_settings import StageSettings
 from registry.stages import METHODS, STAGES
 from tasks.devices import cuda_devices
 from tasks.digests import DigestMemory
 from tasks.fetch import ROWS, fetch_step
+from tasks.launchers.job import Cluster
 from tasks.model import base_input
 from tasks.nodes import nodes_of_environment
 from tasks.render import render_step
@@ -27,7 +30,7 @@ from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
 from tasks.training import REWARD_ADAPTER, REWARD_MODEL, merge_step, train_step
 from tasks.vocabulary import add_tokens_step
 
-BASE = "base"
+BASE, LOCAL = "base", "local"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
         from flows.evaluating import build_evaluation  # which is made of what is here
 
         pipeline = build_evaluation(recipe, home)
+        pipeline = on_clusters(pipeline, {BASE: recipe.evaluates.settings.runtime}, home)
         return build_strict(pipeline) if strict_versions else pipeline
     memory = DigestMemory(home.digests)
     stages: dict[str, StageSteps] = {}
@@ -133,6 +137,7 @@ def build(recipe: Recipe, home: Home, strict_versions: bool = False) -> Pipeline
         ends += [stage.model, *(measured[name].steps if name in measured else ())]
     ends += [step for label, each in measured.items() if label not in stages for step in each.steps]
     pipeline = replace(pipeline, steps=tuple(upstream(ends)))
+    pipeline = on_clusters(pipeline, {name: stage.settings.runtime for name, stage in stages.items()}, home)
     return build_strict(pipeline) if strict_versions else pipeline
 
 
@@ -186,8 +191,20 @@ def require_metrics(pipeline: Pipeline) -> None:
 
 
 def settled(settings: StageSettings) -> StageSettings:
-    """The settings of a stage with the number of processes: as set, or one per visible CUDA device."""
-    processes = settings.train.nproc_per_node or max(1, len(cuda_devices()))
+    """The settings of a stage with the number of processes: as set, or one per visible CUDA device.
+
+    Raises:
+        InputError: a cluster has machines of its own, and nobody said how many devices they have.
+    """
+    launcher, given = settings.runtime.launcher, settings.train.nproc_per_node
+    if launcher != LOCAL and given is None:
+        rule = f"launcher {launcher}: this machine does not know how many devices the cluster's have"
+        where = f"stages.{settings.name}.nproc_per_node"
+        raise InputError(Problem(where, rule, "Set it: processes of each machine, one for each device."))
+    if launcher != LOCAL and nodes_of_environment().count > 1:
+        rule = f"launcher {launcher} deals out machines itself, and the environment says that this is one of several"
+        raise InputError(Problem("NNODES", rule, "Unset it, and set nnodes in the recipe."))
+    processes = given or max(1, len(cuda_devices()))
     return replace(settings, train=settings.train.model_copy(update={"nproc_per_node": processes}))
 
 
@@ -233,13 +250,40 @@ def _with_tokens(recipe: Recipe, settings: StageSettings, start: Start, stages: 
 
 def build_strict(pipeline: Pipeline) -> Pipeline:
     """The same steps with `strict_versions` set, references included."""
+    return _changed(pipeline, lambda step: replace(step, strict_versions=True))
+
+
+def on_clusters(pipeline: Pipeline, runtimes: Mapping[str, RuntimeSettings], home: Home) -> Pipeline:
+    """The same steps; those that compute with a model where their stage's programs run.
+
+    Args:
+        pipeline: the steps.
+        runtimes: of the stages; what belongs to none, as the base model's evaluation, goes with the first.
+        home: seen by all machines.
+    """
+    first = next(iter(runtimes.values()))
+    if all(runtime.launcher == LOCAL for runtime in runtimes.values()):
+        return pipeline
+
+    def place(step: Step) -> Step:
+        runtime = runtimes.get(step.stage, first)
+        if not step.devices or runtime.launcher == LOCAL:
+            return step
+        options = runtime.slurm if runtime.launcher == "slurm" else runtime.kubernetes
+        return replace(step, devices=0, cluster=Cluster(runtime.launcher, options or {}, str(home.path)))
+
+    return _changed(pipeline, place)
+
+
+def _changed(pipeline: Pipeline, change: Callable[[Step], Step]) -> Pipeline:
+    """The same pipeline with every step changed, references included."""
     made: dict[int, Step] = {}
     for step in pipeline.steps:
         inputs = {
             name: replace(i, source=made[id(i.source)]) if isinstance(i.source, Step) else i
             for name, i in step.inputs.items()
         }
-        made[id(step)] = replace(step, inputs=inputs, strict_versions=True)
+        made[id(step)] = change(replace(step, inputs=inputs))
     stages = {
         name: replace(
             stage,
@@ -339,7 +383,9 @@ def _checkpoint(settings: StageSettings) -> Input | None:
     nodes, train = nodes_of_environment(), settings.train.identity()
     mine, where = train["nproc_per_node"], f"stages.{settings.name}.resume_from_checkpoint"
     ranks = range(nodes.rank * mine, (nodes.rank + 1) * mine)
-    require_checkpoint(path, train | {"nnodes": nodes.count}, exact, ranks, where)
+    if settings.runtime.launcher != LOCAL:  # all machines read this one folder
+        ranks = range(train.get("nnodes", 1) * mine)
+    require_checkpoint(path, {"nnodes": nodes.count} | train, exact, ranks, where)
     return Input(LocalFolder(path), WEIGHT_FILES + (STATE_FILES if exact else ()))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from flows.boards import wandb_may_send
 from flows.estimates import memory_notes
 from flows.graph import Pipeline
+from flows.launching import cluster_problems_of
 from flows.planning import PlannedStep
 from registry.errors import InputError, Problem
 from registry.home import Home
@@ -65,25 +66,27 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
         except InputError as error:
             problems += error.problems
     for name, stage in pipeline.stages.items():
-        if stage.settings.train.bf16:
+        here = stage.trained.cluster is None  # what a cluster's machines have is not known on this one
+        if stage.settings.train.bf16 and here:
             try:
                 require_bf16(cuda_devices(), f"stages.{name}.bf16")
             except InputError as error:
                 problems += error.problems
             slow = None if cuda_devices() or not CPU_INFO.exists() else slow_bf16(CPU_INFO.read_text(encoding="utf-8"))
             notes += [f"stages.{name}.bf16: {slow}"] if slow else []
-        if stage.settings.train.fsdp and not cuda_devices():
+        if stage.settings.train.fsdp and here and not cuda_devices():
             rule = "fsdp needs CUDA devices: accelerate has it for no processor"
             problems.append(Problem(f"stages.{name}.fsdp", rule, "Use deepspeed, or remove it."))
-        if stage.settings.train.fsdp and nodes_of_environment().count > 1:
+        if stage.settings.train.fsdp and max(nodes_of_environment().count, stage.settings.train.nnodes or 1) > 1:
             rule = "fsdp on several machines is not there yet: their checkpoints would not be whole"
             problems.append(Problem(f"stages.{name}.fsdp", rule, "Use deepspeed, or one machine."))
         problems += _board_problems(f"stages.{name}.report_to", stage.settings.runtime.report_to)
-        if stage.settings.train.deepspeed and find_spec("deepspeed") is None:
+        installed = stage.settings.runtime.launcher == "kubernetes" or find_spec("deepspeed") is not None
+        if stage.settings.train.deepspeed and not installed:
             cure = "pip install deepspeed"
             problems.append(Problem(f"stages.{name}.deepspeed", "the package deepspeed is not installed", cure))
     notes += memory_notes(lines)
-    problems += _template_problems(lines) + _method_problems(pipeline, lines)
+    problems += _template_problems(lines) + _method_problems(pipeline, lines) + cluster_problems_of(lines)
     if problems:
         raise InputError(problems)
     return notes
@@ -105,8 +108,10 @@ def _method_problems(pipeline: Pipeline, lines: list[PlannedStep]) -> list[Probl
     for name, stage in pipeline.stages.items():
         if id(stage.trained) in made:
             continue
-        for rule, cure in machine_problems(stage.settings.train.identity(), bool(cuda_devices())):
-            problems.append(Problem(f"stages.{name}", rule, cure))
+        cuda = bool(cuda_devices()) or stage.trained.cluster is not None
+        lacking = machine_problems(stage.settings.train.identity(), cuda)
+        if stage.settings.runtime.launcher != "kubernetes":  # whose image has packages of its own
+            problems += [Problem(f"stages.{name}", rule, cure) for rule, cure in lacking]
         base = stage.trained.inputs["base"].source
         reason = quantised_reason(base.path) if isinstance(base, LocalFolder) else None
         if reason:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flows.launching import jobs_without_run
 from flows.run_records import RunRecord, records
 from registry.home import Home
 from tasks.tracking import end_dead_run, tell_what_waits
@@ -33,6 +34,8 @@ def reconcile(home: Home, say: Callable[[str], None]) -> None:
         if _closed(home, record, say):
             record.end("crashed")  # last: whoever is killed before it leaves the rest to the next run
             say(f"run {record.values['id']} ended without a word; it is marked crashed")
+    for job in jobs_without_run(home):
+        say(f"{job}, and its run died; the next run of its recipe takes it over, `llamatuner artifacts gc` ends it")
     try:
         _tell_ends(home)
     except Exception as error:  # noqa: BLE001 - as above

@@ -85,7 +85,7 @@ class Session:
             What the step raises; it is remembered first.
         """
         step = self.by_title[title]
-        with nullcontext() if step.devices else self._light:
+        with nullcontext() if step.devices or step.cluster else self._light:
             check_stop(self.stop)
             return self._make(step, also)
 

@@ -22,6 +22,7 @@ WITHOUT_CRITIC = ("grpo", "rloo")
 ONLINE = ("ppo", *WITHOUT_CRITIC)
 WITH_REFERENCE = ("dpo", "kto", *ONLINE)
 ROWS_GIVEN = ("pt", "sft", *COMPARING)
+CLUSTERS = ("slurm", "kubernetes")
 ADDED = ("add_tokens", "add_special_tokens")
 WHOLE_MATRICES = tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.whole_matrices)
 
@@ -76,6 +77,9 @@ NEEDS: tuple[Need, ...] = (
     Need(("scale_rewards", "loss_type"), {"stage": ("grpo",)}),
     Need(("mask_history", "train_on_prompt", "cut_answers", "val_size"), {"stage": ROWS_GIVEN}),
     Need(("eval_steps", "neftune_noise_alpha"), {"stage": ROWS_GIVEN}),
+    Need(("nnodes",), {"launcher": CLUSTERS}),
+    Need(("slurm",), {"launcher": ("slurm",)}, refused=False),
+    Need(("kubernetes",), {"launcher": ("kubernetes",)}, refused=False),
     Need(("deepspeed",), {"deepspeed": SET}, refused=False),
     Need(("fsdp",), {"fsdp": SET}, refused=False),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag
 
 from registry.combinations import without_effect
 from registry.deepspeed import deepspeed_config
@@ -152,7 +152,9 @@ class TrainSettings(MethodSettings, LossSettings, OnlineSettings, PpoSettings, G
     """Forward passes per optimizer step."""
     nproc_per_node: Steps | None = None
     """Training processes on each machine, started by torchrun when more than one; nothing means one per visible CUDA
-    device, and 1 without any."""
+    device, and 1 without any. A cluster has to be told."""
+    nnodes: Steps | None = None
+    """Machines that train together, of those that `launcher: slurm` or `kubernetes` has; nothing means 1."""
     deepspeed: Text | None = None
     """DeepSpeed's division of memory among processes: `zero0` to `zero3`, `zero2_offload`, `zero3_offload`, or a
     DeepSpeed JSON file, whose content counts."""
@@ -203,13 +205,14 @@ class TrainSettings(MethodSettings, LossSettings, OnlineSettings, PpoSettings, G
         """
         # which models these mean is said by the step's inputs, whatever they are called
         inputs = {"ref_model", "create_new_adapter", "reward_model"}
-        fields = self.model_dump(mode="json", exclude=inputs | {"use_qlora"}) | self.resolved()
+        machines = {"nnodes": self.nnodes} if (self.nnodes or 1) > 1 else {}
+        fields = self.model_dump(mode="json", exclude=inputs | {"use_qlora", "nnodes"}) | self.resolved()
         fields["nproc_per_node"] = self.nproc_per_node or 1
         fields["deepspeed"] = deepspeed_config(self.deepspeed) if self.deepspeed else None
         fields["reward_funcs"] = [short_name(name) for name in self.reward_funcs]
         for name in without_effect(fields):
             fields.pop(name)
-        return fields
+        return fields | machines
 
 
 class RuntimeSettings(Record):
@@ -217,6 +220,13 @@ class RuntimeSettings(Record):
 
     dataset_dir: Text | None = None
     """Folder with `dataset_info.yaml` or `dataset_info.json` and data files; relative to the recipe file."""
+    launcher: Literal["local", "slurm", "kubernetes"] = "local"
+    """Where the programs that compute with a model run: on this machine, or in jobs of a cluster.
+    All its machines have to see LLAMATUNER_HOME at the same place; see docs/machines.md."""
+    slurm: dict[str, JsonValue] | None = None
+    """Options of sbatch, without the dashes: `{partition: gpu, gres: "gpu:8"}`; true is an option alone."""
+    kubernetes: dict[str, JsonValue] | None = None
+    """What pods look like: `image`, `claim`, `mount_path`, and if need be `namespace`, `resources`, `secret`, `pod`."""
     force_torchrun: bool = False
     """Start training with torchrun also where one process is enough; FORCE_TORCHRUN=1 in the environment as well."""
     preprocessing_num_workers: Steps | None = None

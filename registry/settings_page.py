@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from registry.cluster_records import KubernetesSettings
 from registry.combinations import NEEDS, REFUSALS, SET, UNSET
 from registry.evaluation_records import EvaluationSettings
 from registry.record import Record
@@ -23,6 +24,7 @@ SECTIONS: tuple[tuple[str, type[Record]], ...] = (
     ("Data", DataSettings),
     ("Training", TrainSettings),
     ("What changes no result", RuntimeSettings),
+    ("`kubernetes`", KubernetesSettings),
     ("`evaluation`", EvaluationSettings),
     ("A sweep, a file of its own (see sweeps.md)", SweepSettings),
     ("A range in `parameters` of a sweep", RangeSettings),
@@ -55,7 +57,7 @@ def _rows(record: type[Record]) -> Iterator[str]:
 
 
 def _value(value: Any) -> str:
-    if value is None or value == ():
+    if value in (None, (), {}):
         return ""
     text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"`{text.lower() if isinstance(value, bool) else text}`"

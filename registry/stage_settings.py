@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from registry.cluster_records import KubernetesSettings, slurm_problems
 from registry.combinations import idle, refused
 from registry.core import user_path
 from registry.data_registry import find_dataset
@@ -58,7 +59,7 @@ READING = [
     *("template", "cutoff_len", "overlong", "cut_answers", "mask_history", "train_on_prompt", "control_tokens"),
     *("default_system", "enable_thinking", "bad_rows", "bad_rows_limit", "max_samples", "model_revision", "bf16"),
     *("quant_bit", "quant_type", "double_quantization"),
-    *("dataset_dir", "preprocessing_num_workers", "per_device_eval_batch_size"),
+    *("dataset_dir", "preprocessing_num_workers", "per_device_eval_batch_size", "launcher", "slurm", "kubernetes"),
 ]
 """Settings of a recipe that trains nothing."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -198,6 +199,8 @@ def _rules(
     if isinstance(kept_back, float) and kept_back > 1 and not kept_back.is_integer():
         rule = f"{kept_back} is neither a share below 1 nor a whole number of rows"
         problems.append(Problem(where("val_size"), rule, "E.g. 0.1 or 100."))
+    for part in parts:
+        _cluster_rules(part, where, problems)
     written = {key for key, value in settings.items() if value is not None}
     if all(parts):
         values = {key: value for part in parts if part for key, value in part}
@@ -210,6 +213,14 @@ def _rules(
         problems += [Problem(where(key), rule, cure) for key, rule, cure in refused(values)]
         return [Problem(where(key), rule, cure) for key, rule, cure in idle(values, written)]
     return []
+
+
+def _cluster_rules(part: Record | None, where: Any, problems: list[Problem]) -> None:
+    """What is said about clusters has to be something that they understand, also where another launcher is chosen."""
+    if isinstance(part, RuntimeSettings):
+        problems += [Problem(where(f"slurm.{key}"), *rest) for key, *rest in slurm_problems(part.slurm or {})]
+        if part.kubernetes is not None or part.launcher == "kubernetes":
+            read_record(KubernetesSettings, part.kubernetes or {}, lambda key: where(f"kubernetes.{key}"), problems)
 
 
 def _data_rules(

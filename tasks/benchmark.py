@@ -12,7 +12,6 @@ from typing import Any
 from registry.benchmarks import Benchmark
 from registry.stage_settings import StageSettings
 from tasks.benchmark_numbers import PLAIN, metric_name
-from tasks.launch import run_program
 from tasks.steps import Input, LocalFolder, Step, Work
 from tasks.training import BASE_FILES, keep_log
 
@@ -86,6 +85,6 @@ def pattern(name: str) -> str:
 
 def run_benchmark(work: Work) -> dict[str, Any]:
     """Launch the benchmark program."""
-    run_program("tasks.benchmark_program", work.spec(), work.folder, work.emit, work.stop)
+    work.run("tasks.benchmark_program")
     keep_log(work)
     return {}

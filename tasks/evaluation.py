@@ -14,7 +14,6 @@ from registry.evaluation_rules import generation_identity
 from registry.stage_settings import StageSettings
 from registry.stages import STAGES
 from tasks.jsonlines import read_json_lines
-from tasks.launch import run_program
 from tasks.shards import shape_of
 from tasks.steps import Input, Step, Work
 from tasks.training import BASE_FILES, SHARD_FILES, keep_log
@@ -99,7 +98,7 @@ def evaluate_step(
 
 def evaluate(work: Work) -> dict[str, Any]:
     """Launch the evaluation program."""
-    run_program("tasks.evaluate_program", work.spec(), work.folder, work.emit, work.stop)
+    work.run("tasks.evaluate_program")
     keep_log(work)
     return {}
 

@@ -11,7 +11,6 @@ from typing import Any
 from registry.errors import InputError, Problem
 from registry.evaluation_records import EvaluationSettings
 from registry.evaluation_rules import generation_identity
-from tasks.launch import run_program
 from tasks.sequences import TokenizedRows
 from tasks.steps import Input, Step, Work
 from tasks.training import BASE_FILES, SHARD_FILES, keep_log
@@ -91,6 +90,6 @@ def generate(work: Work) -> dict[str, Any]:
         raise InputError(Problem("evaluation.generate", rule, cure))
     if compared < len(rows):
         work.note(f"{compared} of {len(rows)} rows have an answer to compare with")
-    run_program("tasks.generate_program", work.spec(), work.folder, work.emit, work.stop)
+    work.run("tasks.generate_program")
     keep_log(work)
     return {"rows": len(rows), "rows_compared": compared}

@@ -84,3 +84,9 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield held
     finally:
         os.close(descriptor)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a lock now."""
+    with try_lock(path) as free:
+        return free

@@ -22,8 +22,12 @@ from registry.home import Home
 from tasks.artifacts import MANIFEST, Artifact, Store, remove_folder, select
 from tasks.digests import DigestMemory, content_digest
 from tasks.fingerprint import fingerprint
+from tasks.launch import run_program
+from tasks.launchers.choice import end_left, launcher_for
+from tasks.launchers.job import Cluster
 from tasks.locks import check_stop, locked
 from tasks.manifests import RECORDED, manifest_of
+from tasks.nodes import Nodes
 from tasks.program import Spec
 from tasks.sharing import deliver, fetch, known, offered, tell
 from tasks.slots import Wanted, devices_for
@@ -75,6 +79,8 @@ class Step:
     """Devices that it computes on, which are shared out (see `tasks.slots`); 0: it needs none."""
     memory: str = ""
     """`module:function` that says of a `Ready` step how many bytes of each device it takes; empty: all of them."""
+    cluster: Cluster | None = None
+    """Where its program runs; None: on this machine."""
     strict_versions: bool = False
     """Let the recorded package versions (torch, transformers …) enter the key as well."""
 
@@ -169,6 +175,12 @@ class Work:
     def folder(self) -> Path:
         """Where spec, log and events of a program lie."""
         return self.scratch.parent
+
+    def run(self, module: str, spec: Spec | None = None, processes: int = 1, nodes: Nodes | None = None) -> None:
+        """Run a program to its end, where the step's programs run; see `run_program`."""
+        launcher = launcher_for(self.step.cluster)
+        given = (spec or self.spec(), self.folder, self.emit, self.stop, processes)
+        run_program(module, *given, nodes=nodes, launcher=launcher)
 
 
 @dataclass(frozen=True)
@@ -322,8 +334,9 @@ def _open_work(
     rebuilding: bool,
 ) -> Work:
     folder = store.work_folder(step.kind, ready.key)
-    remove_folder(folder / "output")
-    (folder / "output").mkdir(parents=True)
+    if not end_left(folder, step.cluster.launcher if step.cluster else None):
+        remove_folder(folder / "output")
+    (folder / "output").mkdir(parents=True, exist_ok=True)
     (folder / "scratch").mkdir(exist_ok=True)
     return Work(
         step,

@@ -16,7 +16,7 @@ from registry.reward_rules import code_file, is_code, short_name
 from registry.stage_settings import StageSettings
 from tasks.digests import sha256_file
 from tasks.fetch import ROWS
-from tasks.launch import ProgramFailed, run_program
+from tasks.launch import ProgramFailed
 from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
 from tasks.steps import RESUME_FILE, Input, Step, Work, behind
 from tasks.train.given import GIVEN, GIVEN_WEIGHTS
@@ -61,7 +61,7 @@ def train_step(
 ) -> Step:
     """The step that trains.
 
-    The number of machines comes from the environment; it changes what a step holds, so it enters the key.
+    The number of machines, of the environment or a cluster's, changes what a step holds, so it enters the key.
 
     Args:
         label: its name for people.
@@ -122,9 +122,10 @@ def rows_of_prompts(shards: Step) -> Input:
 
 def _identity(settings: StageSettings) -> dict[str, Any]:
     """The settings of the training; what is known of new tokens is in the embeddings, which LoRA leaves alone."""
-    found, nodes = settings.train.identity(), nodes_of_environment()
+    found = settings.train.identity()
     if found.get("additional_target") == [] and (settings.model.add_tokens or settings.model.add_special_tokens):
         found["additional_target"] = [EMBEDDINGS]
+    nodes = nodes_of_environment()  # of a cluster's machines the settings say the number, and the environment nothing
     return found | ({"nnodes": nodes.count} if nodes.count > 1 else {})
 
 
@@ -144,9 +145,8 @@ def train(work: Work) -> dict[str, Any]:
     while True:
         spec.runtime["micro_batch"] = size
         try:
-            processes, nodes = settings["nproc_per_node"], nodes_for(settings, work.step.runtime["force_torchrun"])
-            program = PROGRAMS.get(settings["stage"], "tasks.train.program")
-            run_program(program, spec, work.folder, work.emit, work.stop, processes=processes, nodes=nodes)
+            module, processes, nodes = launch_of(work.step)
+            work.run(module, spec, processes, nodes)
             break
         except ProgramFailed as error:
             if error.kind != "out_of_memory":
@@ -174,16 +174,24 @@ def next_smaller(size: int, whole: int) -> int | None:
     return next((part for part in range(size // 2, 0, -1) if whole % part == 0), None)
 
 
-def nodes_for(settings: dict[str, Any], forced: bool) -> Nodes | None:
+def nodes_for(settings: dict[str, Any], forced: bool, cluster: bool = False) -> Nodes | None:
     """The machines that train, where torchrun has to start the program; None where one plain process does.
 
     Args:
         settings: `TrainSettings.identity()`.
         forced: use torchrun in any case.
+        cluster: they are a cluster's, which deals out their numbers.
     """
-    nodes = nodes_of_environment()
+    nodes = Nodes(settings.get("nnodes", 1)) if cluster else nodes_of_environment()
     alone = settings["nproc_per_node"] == nodes.count == 1 and "deepspeed" not in settings and "fsdp" not in settings
     return None if alone and not (forced or torchrun_is_forced()) else nodes
+
+
+def launch_of(step: Step) -> tuple[str, int, Nodes | None]:
+    """The module that trains, the processes of each machine, and the machines."""
+    settings, cluster = step.identity["train"], step.cluster is not None
+    nodes = nodes_for(settings, step.runtime["force_torchrun"], cluster)
+    return PROGRAMS.get(settings["stage"], "tasks.train.program"), settings["nproc_per_node"], nodes
 
 
 def merge_step(stage: str, label: str, base: Input, adapter: Input, name: str = "merge") -> Step:
@@ -202,7 +210,7 @@ def merge_step(stage: str, label: str, base: Input, adapter: Input, name: str = 
 
 def merge(work: Work) -> dict[str, Any]:
     """Launch the merge program."""
-    run_program("tasks.merge_program", work.spec(base_digest=True), work.folder, work.emit, work.stop)
+    work.run("tasks.merge_program", work.spec(base_digest=True))
     keep_log(work)
     return _read(work.output / "merge.json")
 

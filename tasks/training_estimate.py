@@ -141,7 +141,7 @@ def estimate_step(step: Step, base: Path | None, shards: Path | None) -> Estimat
         source.identity["cutoff_len"],
         step.runtime["gradient_checkpointing"],
         other_reference="reference" in step.inputs,
-        cuda=bool(cuda_devices()),
+        cuda=bool(cuda_devices()) or step.cluster is not None,
     )
 
 

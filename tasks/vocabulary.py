@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.launch import run_program
 from tasks.steps import Input, Step, Work
 from tasks.training import BASE_FILES, keep_log
 
@@ -42,7 +41,7 @@ def add_tokens_step(stage: str, label: str, base: Input, tokens: Sequence[str], 
 
 def add_tokens(work: Work) -> dict[str, Any]:
     """Launch the program."""
-    run_program("tasks.vocabulary_program", work.spec(), work.folder, work.emit, work.stop)
+    work.run("tasks.vocabulary_program")
     keep_log(work)
     found: dict[str, Any] = json.loads((work.output / REPORT).read_text(encoding="utf-8"))
     return {"added": len(found["ids"]), "vocabulary": found["vocabulary"]}

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy
 
 from tasks.fingerprint import fingerprint
-from tasks.launch import run_program
 from tasks.measurements import DOCUMENTS, Measure, mean
 from tasks.steps import Input, Step, Work, behind
 from tasks.training import BASE_FILES, DEFAULT_READING, REWARD_MODEL, keep_log, rows_of_prompts
@@ -93,13 +92,8 @@ def win_rate_step(
 def win_rate(work: Work) -> dict[str, Any]:
     """Launch the program that scores."""
     spec = work.spec()
-    run_program(
-        "tasks.win_rate_program",
-        replace(spec, runtime=spec.runtime | {"digests": work.digests | {"reading": fingerprint(work.identity)}}),
-        work.folder,
-        work.emit,
-        work.stop,
-    )
+    digests = work.digests | {"reading": fingerprint(work.identity)}
+    work.run("tasks.win_rate_program", replace(spec, runtime=spec.runtime | {"digests": digests}))
     keep_log(work)
     return {}
 

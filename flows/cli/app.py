@@ -112,11 +112,19 @@ def prepare(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> 
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None, json: Json = False, strict_versions: Strict = False) -> None:
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    show_launch: Annotated[
+        bool, typer.Option("--show-launch", help="Show the command, sbatch file or manifest of every training.")
+    ] = False,
+    json: Json = False,
+    strict_versions: Strict = False,
+) -> None:
     """Show what would run, and why. Starts nothing."""
     from flows.cli.looking import show_plan
 
-    show_plan(recipe, overrides or [], json, strict_versions)
+    show_plan(recipe, overrides or [], json, strict_versions, show_launch)
 
 
 @app.command()

@@ -20,10 +20,11 @@ from registry.templates import TemplateEntry
 STYLES = {"cached": "dim", "shared": "dim", "run": "green", "resume": "cyan", "unknown": "yellow"}
 
 
-def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: bool) -> None:
-    """What each step would do, and why; of training, what it will take."""
+def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: bool, show_launch: bool = False) -> None:
+    """What each step would do, and why; of training, what it will take, and if asked how it is started."""
     from flows.estimates import memory_notes
     from flows.graph import build
+    from flows.launching import launch_text
     from flows.planning import plan
     from registry.loading import load_recipe
     from tasks.artifacts import Store
@@ -50,8 +51,15 @@ def show_plan(name: str, overrides: list[str], as_json: bool, strict_versions: b
     notes = memory_notes(lines)
     for note in notes:
         console.print(Text(note, style="yellow"))
+    trainings = [line for line in lines if show_launch and line.step.kind == "train"]
+    launches = {line.step.title: launch_text(line, store) for line in trainings}
+    for line in trainings:
+        later = "" if line.key else " (its KEY is known when the steps before it are done)"
+        console.print(Text(f"\n{line.step.title} is started with{later}", style="bold"))
+        console.print(Text(launches[line.step.title]), soft_wrap=True, end="")
     if as_json:
-        steps = [line.as_json() for line in lines]
+        added = {title: {"launch": text} for title, text in launches.items()}
+        steps = [line.as_json() | added.get(line.step.title, {}) for line in lines]
         print_json({"recipe": recipe.name, "steps": steps, "counts": counts, "notes": notes})
 
 

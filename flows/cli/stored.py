@@ -16,6 +16,7 @@ from registry.store_url import store_url
 from tasks.artifacts import Artifact, Store, damage, remove_folder
 from tasks.chunks import forget, remove_unused
 from tasks.explain import differences
+from tasks.launchers.choice import end_left
 from tasks.locks import try_lock
 
 
@@ -177,6 +178,7 @@ def collect_garbage(keep_runs: int, dry_run: bool, as_json: bool) -> None:
             freed += _own_bytes(path)
             going.append(path)
             if not dry_run:
+                end_left(path)  # a job of a cluster would go on writing there
                 remove_folder(path)
     chunks, size = remove_unused(home, going if dry_run else (), dry_run)
     console = people(as_json)

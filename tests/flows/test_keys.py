@@ -103,6 +103,7 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "enable_liger_kernel": (True, TRAINED),
         **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), (2, TRAINED)),
         "nproc_per_node": (2, TRAINED),
+        "nnodes": (2, TRAINED),
         "deepspeed": ("zero2", TRAINED),
         "fsdp": (True, TRAINED),
         "learning_rate": (1e-3, TRAINED),
@@ -124,6 +125,9 @@ FIELDS: dict[type, dict[str, tuple[Any, set[str]]]] = {
         "logging_steps": (7, NOTHING),
         "save_steps": (7, NOTHING),
         "save_total_limit": (7, NOTHING),
+        "launcher": ("slurm", NOTHING),
+        "slurm": ({"partition": "gpu"}, NOTHING),
+        "kubernetes": ({"image": "one", "claim": "home", "mount_path": "/home"}, NOTHING),
         "force_torchrun": (True, NOTHING),
         "preprocessing_num_workers": (7, NOTHING),
         "per_device_eval_batch_size": (7, NOTHING),
@@ -159,6 +163,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{key: {"quant_bit": 4} for key in ("quant_type", "double_quantization")},
     **{key: {"finetuning_type": "freeze"} for key in FREEZING},
     "cut_answers": {"overlong": "truncate"},
+    "launcher": {"nproc_per_node": 1},
+    **{key: {"launcher": "slurm", "nproc_per_node": 1} for key in ("nnodes", "slurm")},
     "mix_strategy": {"dataset": TWO_SETS},
     "interleave_probs": {"dataset": TWO_SETS, "mix_strategy": "interleave_under"},
 }
@@ -176,7 +182,7 @@ def test_the_table_has_every_field() -> None:
         record: set(record.model_fields) - {"model"}
         for record in FIELDS  # which needs a second stage; see below
     }
-    assert len(CASES) == 113
+    assert len(CASES) == 117
 
 
 @pytest.mark.parametrize(("record", "name", "value", "kinds"), [pytest.param(*case, id=case[1]) for case in CASES])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -49,6 +51,15 @@ def test_a_field_says_what_it_is_what_it_may_be_and_what_the_recipe_has() -> Non
     assert dpo["seed"]["description"] == "Seed of initialisation, order and dropout. Default: 42."
     assert "default" not in dpo["num_train_epochs"]
     assert not {"model", "stage"} & dpo.keys()
+
+
+def test_what_a_cluster_is_asked_for_is_a_mapping_in_the_form(tmp_path: Path) -> None:
+    file, asked = tmp_path / "cluster.yaml", {"partition": "gpu", "time": "1:00:00"}
+    stage = {"stage": "sft", "dataset": "assistant", "nnodes": 2, "nproc_per_node": 8}
+    file.write_text(json.dumps({"name": "far", "launcher": "slurm", "slurm": asked, "stages": {"sft": stage}}))
+    form = recipe_form(str(file))
+    assert (form["properties"]["slurm"]["type"], form["properties"]["slurm"]["default"]) == ("object", asked)
+    assert form["properties"]["launcher"]["enum"] == ["local", "slurm", "kubernetes"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Where programs are started: on this machine, by Slurm, by Kubernetes."""
