@@ -61,8 +61,10 @@ def run_recipe(
 
 
 def _settled(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> bool:
-    """Whether nothing is to be done: no step, no run that could not be closed, no gate that nobody has decided."""
-    wanted = pipeline.results()
+    """Whether nothing is to be done or cleared: no step, no run that could not be closed, no gate that is undecided."""
+    wanted, store = pipeline.results(), Store(home)
+    if any(line.key and store.work_folder(line.step.kind, line.key).exists() for line in lines):
+        return False  # left by a kill behind the step's end; who finds the step removes it
     if any(line.artifact is None and (not line.made or line.step.title in wanted) for line in lines):
         return False
     if any(unclosed(record) for record in records(home)):

@@ -149,6 +149,16 @@ def test_prepare_is_about_the_data_only(copied: Path) -> None:
 
 
 @pytest.mark.slow
+def test_work_that_a_kill_has_left_behind_a_finished_step_is_cleared(copied: Path, home: Path) -> None:
+    (manifest,) = home.glob("artifacts/merge/*/manifest.json")
+    left = home / "work" / f"merge-{json.loads(manifest.read_text())['key'][:12]}"
+    left.mkdir(parents=True)
+    answer = run("run", str(copied))
+    assert (answer["status"], {*states(answer).values()}) == ("completed", {"cached"})
+    assert not left.exists()
+
+
+@pytest.mark.slow
 def test_an_error_found_inside_a_step_ends_every_run_as_failed(copied: Path, home: Path, served: Path) -> None:
     shutil.rmtree(home / "artifacts")
     runs, tracked = len(prefect_states(served)), len(mlflow_states(home))
