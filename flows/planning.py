@@ -11,8 +11,9 @@ from flows.graph import Pipeline
 from tasks.artifacts import Artifact, Store, damage, read_artifact
 from tasks.digests import DigestMemory
 from tasks.explain import nearest
+from tasks.manifests import version_drift
 from tasks.sharing import known
-from tasks.steps import Input, Ready, Step, prepare, version_drift
+from tasks.steps import Input, Ready, Step, prepare
 from tasks.training_estimate import Estimate
 
 

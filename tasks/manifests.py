@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.artifacts import read_artifact
+from tasks.artifacts import Artifact, read_artifact
 from tasks.versions import package_versions, provenance
 
 if TYPE_CHECKING:
@@ -39,3 +39,10 @@ def _origin(path: Path) -> dict[str, Any]:
     if artifact is None:
         return {"folder": str(path)}
     return {"artifact": f"{artifact.step}/{path.name}", "key": artifact.key}
+
+
+def version_drift(artifact: Artifact) -> list[str]:
+    """Package versions that differ from those an artifact was made with, e.g. `torch 2.12.0 → 2.13.0`."""
+    made_with: dict[str, str] = artifact.manifest.get("recorded_packages", {})
+    now = package_versions(made_with)
+    return [f"{name} {made_with[name]} → {now[name]}" for name in sorted(now) if made_with[name] != now[name]]

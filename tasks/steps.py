@@ -368,13 +368,6 @@ def _named(function: str) -> Callable[..., Any]:
     return found
 
 
-def version_drift(artifact: Artifact) -> list[str]:
-    """Package versions that differ from those an artifact was made with, e.g. `torch 2.12.0 → 2.13.0`."""
-    made_with: dict[str, str] = artifact.manifest.get("recorded_packages", {})
-    now = package_versions(made_with)
-    return [f"{name} {made_with[name]} → {now[name]}" for name in sorted(now) if made_with[name] != now[name]]
-
-
 def upstream(steps: list[Step]) -> Iterator[Step]:
     """Every step needed for the given ones, inputs first, each once."""
     seen: set[int] = set()

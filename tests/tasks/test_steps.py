@@ -19,7 +19,8 @@ from tasks.artifacts import Store, damage
 from tasks.digests import DigestMemory
 from tasks.explain import nearest
 from tasks.locks import Interrupted, locked
-from tasks.steps import Input, LocalFolder, Outcome, Step, Work, do, prepare, version_drift
+from tasks.manifests import version_drift
+from tasks.steps import Input, LocalFolder, Outcome, Step, Work, do, prepare
 
 CALLS: list[str] = []
 
