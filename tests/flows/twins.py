@@ -19,7 +19,9 @@ import pytest
 
 from registry.core import read_text, read_yaml
 from registry.recipes import RECIPES
-from tasks.launch import ProgramFailed
+from tasks.launch import LOCAL, ProgramFailed
+from tasks.launchers.job import Launcher
+from tasks.launchers.local import Local
 from tasks.locks import check_stop
 from tasks.nodes import Nodes
 from tasks.program import Events, Spec, classify
@@ -52,8 +54,7 @@ def write_twin(raw: dict[str, Any], folder: Path) -> str:
 
 def work_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs do their work in this process and thread; to launch them is tested elsewhere."""
-    for module in ("training", "evaluation", "generation", "benchmark", "win_rate"):
-        monkeypatch.setattr(f"tasks.{module}.run_program", _run_here)
+    monkeypatch.setattr("tasks.steps.run_program", _run_here)
 
 
 def _run_here(
@@ -64,9 +65,11 @@ def _run_here(
     stop: threading.Event | None = None,
     processes: int = 1,
     nodes: Nodes | None = None,
+    launcher: Launcher = LOCAL,
 ) -> None:
     """What `tasks.launch.run_program` does, without a process."""
     assert (processes, nodes) == (1, None)
+    assert isinstance(launcher, Local)
     with suppress(FileNotFoundError):
         Path(spec.events).unlink()
     check_stop(stop)
