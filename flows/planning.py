@@ -3,6 +3,7 @@ store, where there is one."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,4 +106,11 @@ def _why(step: Step, ready: Ready, store: Store, everything: list[Artifact]) -> 
     if found is None:
         return ["not made before"]
     artifact, lines = found
-    return lines or [f"its artifact {artifact.path.name} was moved"]
+    return [_readable(step, line) for line in lines] or [f"its artifact {artifact.path.name} was moved"]
+
+
+def _readable(step: Step, line: str) -> str:
+    """What differs, with the name of a data set in place of its files' digests."""
+    found = re.match(r"sources\.(\d+)\.files ", line)
+    names = step.runtime.get("names", ())
+    return f"{names[int(found[1])]} changed" if found and int(found[1]) < len(names) else line

@@ -31,7 +31,6 @@ from tasks.download import SOURCE
 from tasks.hub import hub_endpoint
 from tasks.locks import try_lock
 from tasks.sharing import brought, withdraw
-from tasks.steps import Step
 
 ACTIVE = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING", "PAUSED"]
 LONGEST_TAG = 120  # characters
@@ -85,13 +84,8 @@ def changed_data(recipe: str, overrides: list[str], home: Home) -> str | None:
     kinds = [kind for kind in DATA_STEPS if kind != "model"]
     for line in plan(pipeline, store):
         if line.step.kind in kinds and line.state in ("run", "resume"):
-            return f"{line.step.title}: {'; '.join(_readable(line.step, why) for why in line.why)}"
+            return f"{line.step.title}: {'; '.join(line.why)}"
     return None
-
-
-def _readable(step: Step, why: str) -> str:
-    """The plan's reason, with the names of data sets in place of the digests of their files."""
-    return f"{', '.join(step.runtime['names'])} changed" if why.startswith("sources ") else why
 
 
 def _forget_if_moved(asked: dict[str, Any], artifact: Artifact, store: Store) -> str | None:
