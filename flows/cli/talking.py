@@ -101,8 +101,16 @@ class Talk:
             self._say(f"{self.model} answers. /help lists what else can be typed; Ctrl-D ends.")
         code = DONE
         try:
-            while not self.done and (line := self._read()) is not None:
-                code = max(code, self._do(line)) if line.strip() else code
+            while not self.done:
+                try:
+                    line = self._read()
+                    if line is None:
+                        break
+                    code = max(code, self._do(line)) if line.strip() else code
+                except KeyboardInterrupt:  # also between what a command says and the next prompt
+                    if not self.terminal:
+                        raise
+                    self._say("\nCtrl-D or /exit ends the chat")
         except _Terminated:
             return INTERRUPTED
         return DONE if self.terminal else code
@@ -120,11 +128,6 @@ class Talk:
         except EOFError:
             print()
             return None
-        except KeyboardInterrupt:
-            if not self.terminal:
-                raise
-            self._say("\nCtrl-D or /exit ends the chat")
-            return ""
 
     def _do(self, line: str) -> int:
         """Do what was typed; the exit code that it would have by itself."""
