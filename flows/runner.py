@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from flows.prefect_server import is_own
 from flows.reconcile import leave_open, run_tag, settle
 from flows.run_records import RunRecord
 
@@ -80,7 +81,7 @@ def server_is_gone(api: str, stop: threading.Event) -> bool:
         try:
             socket.create_connection((place.hostname or "", port), timeout=1.0).close()
         except ConnectionRefusedError:
-            if stop.wait(1.0) or time.monotonic() > deadline:
+            if is_own(api) or stop.wait(1.0) or time.monotonic() > deadline:  # nobody starts the run's own again
                 return True
         except OSError:
             return False

@@ -344,13 +344,8 @@ def test_a_gguf_file_and_a_modelfile_stand_beside_the_weights(
 ) -> None:
     out = tmp_path / "out"
     answer = ask(capsys, recipe, "--stage", "dpo", "--to", str(out), "--ollama", "--gguf-type", "F32")
-    assert answer["gguf"] == {
-        "file": "three-dpo-F32.gguf",
-        "type": "f32",
-        "tensors": 20,
-        "modelfile": "Modelfile",
-        "notes": [],
-    }
+    made = {"file": "three-dpo-F32.gguf", "type": "f32", "tensors": 20, "modelfile": "Modelfile", "notes": []}
+    assert answer["gguf"] == made
     assert {"three-dpo-F32.gguf", "Modelfile", "model.safetensors"} <= set(answer["files"])
     assert set(answer["files"]) == set(contents(out))
     head, _, rest = (out / "Modelfile").read_text().partition('TEMPLATE """')

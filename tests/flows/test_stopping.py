@@ -136,7 +136,7 @@ def test_a_run_whose_prefect_server_dies_ends_with_its_step_and_the_next_one_goe
     process = start("run", two["recipe"], "--json")
     wait_until(lambda: checkpoint(home) > 2, process)
     kill([member for member in tree(process) if "flows.prefect_server" in member.cmdline()])
-    answer, told = finish(process, 1)  # in two minutes or so, in which the server could have come back
+    answer, told = finish(process, 1)
     assert (answer["status"], len(answer["steps"])) == ("failed", 4)
     assert "Prefect's server died, and no step begins without one." in " ".join(told.split())
     assert "Event(" not in told
