@@ -51,10 +51,23 @@ def load_base(folder: str, dtype: torch.dtype, score: bool = False, changes: Cha
         if "attn_implementation" not in how:
             raise
         raise ProgramError("bad_setting", f"flash_attn: {error}. Use flash_attn: auto.") from error
+    keep_weights_as_loaded(model)
     implementation = model.config._attn_implementation
     if implementation not in SEPARATING_ATTENTION and "attn_implementation" not in how:
         model.set_attn_implementation("eager")
     return model
+
+
+def keep_weights_as_loaded(model: Any) -> None:
+    """Have 4-bit layers multiply in one way on every processor.
+
+    On one with bfloat16 instructions, bitsandbytes repacks a layer's weights at its first pass in evaluation mode. From
+    there on it rounds inputs to bfloat16 whatever the compute dtype is, and no gradient passes through the layer: a
+    reference is no longer the policy's own base, and layers below learn nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def changed_config(folder: str, changes: Changes) -> Any:

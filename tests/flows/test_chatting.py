@@ -240,6 +240,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_keeps_the_conversation(folder
     until("taken back: 你好".encode())
     os.write(mine, b"\x03")
     until(b"Ctrl-D or /exit ends the chat")
+    until(b"> ")  # before the prompt the terminal itself would take the key
     os.write(mine, b"\x04")
     assert process.wait(LONGEST) == 0
     os.close(mine)
