@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -31,8 +32,9 @@ NO_MEMORY = (
     "cannot allocate memory",
 )  # CUDA's words, PyTorch's, the kernel's
 FULL_BYTES = 1_000_000  # a disk with less is full: less than any weight file or database page cache needs
-# Packages that libraries import wherever they are installed, and few programs need, or none.
-OPTIONAL = {"bitsandbytes", "deepspeed", "datasets", "pandas", "scipy", "sklearn"}
+# Packages that libraries import wherever they are installed, and few programs need, or none. With kernels they fetch
+# code from a hub and run it, without asking.
+OPTIONAL = {"bitsandbytes", "deepspeed", "datasets", "kernels", "pandas", "scipy", "sklearn"}
 LAUNCHER_PID = "LLAMATUNER_LAUNCHER_PID"  # set by tasks.launch, so that a child can tell that its launcher is gone
 
 
@@ -201,6 +203,7 @@ def main(work: Callable[[Spec, Events], None], uses: Callable[[Spec], set[str]] 
     die_with_parent()
     spec = Spec.read(sys.argv[1])
     hide(OPTIONAL - uses(spec))
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses kernels, see OPTIONAL
     events = Events(spec.events)
     try:
         work(spec, events)

@@ -19,7 +19,8 @@ from registry.templates_page import templates_page
 from tasks.formats import detect
 
 PROJECT = Path(__file__).parents[1]
-DOCUMENTS = [PROJECT / "README.md", PROJECT / "README_zh.md", PROJECT / "CONTRIBUTING.md", *PROJECT.glob("docs/*.md")]
+IN_FRONT = ("README.md", "README_zh.md", "CONTRIBUTING.md")
+DOCUMENTS = [*(PROJECT / name for name in IN_FRONT), *PROJECT.glob("docs/**/*.md")]
 OURS = re.compile(r"(?:\$ )?(?:[A-Z_]+=\S* )*llamatuner(?:-cli)?\b(.*)")
 AS_TYPED = {"train", "eval"}  # which take the flags of other programs
 
@@ -66,9 +67,10 @@ def test_the_site_builds_with_every_page_and_fetches_nothing(tmp_path: Path) -> 
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=PROJECT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, timeout=300)
     settings = (PROJECT / "mkdocs.yml").read_text(encoding="utf-8")
-    for page in PROJECT.glob("docs/*.md"):
-        assert f": {page.name}\n" in settings, f"{page.name} is not in the site's contents"
-        text = (tmp_path / f"{page.stem}.html").read_text(encoding="utf-8")
+    for page in PROJECT.glob("docs/**/*.md"):
+        name = page.relative_to(PROJECT / "docs")
+        assert f": {name}\n" in settings, f"{name} is not in the site's contents"
+        text = (tmp_path / name.with_suffix(".html")).read_text(encoding="utf-8")
         assert re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?https?:[^>]*""", text) == []
 
 
