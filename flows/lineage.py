@@ -15,13 +15,12 @@ from flows.lineage_facts import facts
 from registry.home import Home
 from tasks.artifacts import Artifact, Store, damage, read_artifact, select
 from tasks.digests import content_digest
-from tasks.export import OWN_FILES
+from tasks.export import goes_out
 from tasks.fetch import KEPT_BACK, ROWS
 from tasks.measurements import KINDS, RESULTS, stored_results
 from tasks.train.given import GIVEN, GIVEN_WEIGHTS
-from tasks.training import BASE_FILES, REWARD_ADAPTER, REWARD_FILES, REWARD_MODEL, SHARD_FILES
+from tasks.training import BASE_FILES, MODEL_STEPS, REWARD_ADAPTER, REWARD_FILES, REWARD_MODEL, SHARD_FILES
 
-MODEL_STEPS = ("train", "merge", "add_tokens", "model")
 MODEL_INPUTS = ("model", "adapter", GIVEN, GIVEN_WEIGHTS, "base", "reference", REWARD_MODEL, REWARD_ADAPTER)
 TEXT_STEPS = ("render", "tokenize")  # their base is its tokenizer alone
 TRAINED, WATCHED, MEASURED = "trained on", "measured on while training", "measured on"
@@ -269,7 +268,7 @@ def _part_digests(artifact: Artifact) -> Iterator[str]:
     elif artifact.step == "tokenize":
         yield artifact.part_digest(SHARD_FILES)
     elif artifact.step in MODEL_STEPS:
-        exported = {name: file for name, file in artifact.files.items() if name not in OWN_FILES}
+        exported = {name: file for name, file in artifact.files.items() if goes_out(name, artifact.files)}
         for files in (artifact.files, exported):
             yield from (content_digest(select(files, part)) for part in (BASE_FILES, REWARD_FILES))
 

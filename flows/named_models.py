@@ -13,12 +13,13 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.models import DEFAULT_REVISION
 from registry.recipes import RECIPES
-from tasks.artifacts import Artifact, Store
+from tasks.artifacts import WEIGHTS, Artifact, Store
+from tasks.export import BASE_RECORD
 from tasks.jsonlines import read_object
 from tasks.model import base_input
 from tasks.sharing import brought, known
 from tasks.steps import Input, LocalFolder
-from tasks.training import merge_step
+from tasks.training import MODEL_STEPS, merge_step
 
 REGISTERED = "models:"
 KEPT = ("default_system", "enable_thinking", "control_tokens", "template")
@@ -76,17 +77,32 @@ def _base(asked: str, revision: str, home: Home, where: str) -> NamedModel:
 
 
 def _adapter(folder: Path, where: str, home: Home) -> NamedModel:
-    """An adapter merged into the base that its config names."""
-    named = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not named:
-        rule = f"{folder / 'adapter_config.json'} does not say base_model_name_or_path"
-        raise InputError(Problem(where, rule, "Write the base model's folder or hub id there."))
-    base = _base(str(named), DEFAULT_REVISION, home, f"{where}: base of {folder}")
+    """An adapter merged into its base: the one with the weights it belongs to, else the one that its config names."""
+    wanted = read_object(folder / BASE_RECORD).get("base_digest") if (folder / BASE_RECORD).is_file() else None
+    base = _with_weights(wanted, home) if wanted else None
+    if base is None:
+        base = _named_base(folder, where, home)
     setting = where.rpartition(".")[2]  # two adapters of a recipe are two steps
     name = "merge" if setting == "evaluate" else f"merge:{setting}"
     adapter = Input(LocalFolder(folder), ("*.safetensors", "*.json"))
     merged = merge_step("model", folder.name, base.model, adapter, name)
     return NamedModel(Input(merged), folder.name, base)
+
+
+def _with_weights(digest: str, home: Home) -> NamedModel | None:
+    """The model of this home whose weights have a digest."""
+    for made in Store(home).all():
+        if made.step in MODEL_STEPS and made.part_digest(WEIGHTS) == digest:
+            return NamedModel(Input(LocalFolder(made.path)), str(made.manifest["label"]))
+    return None
+
+
+def _named_base(folder: Path, where: str, home: Home) -> NamedModel:
+    named = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not named:
+        rule = f"{folder / 'adapter_config.json'} does not say base_model_name_or_path"
+        raise InputError(Problem(where, rule, "Write the base model's folder or hub id there."))
+    return _base(str(named), DEFAULT_REVISION, home, f"{where}: base of {folder}")
 
 
 def _of_run(asked: str, wanted: str, stage: str, home: Home) -> NamedModel:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from registry.record import Record, Steps, Text, list_of_one
+from registry.record import Record, Steps, Text, Texts, list_of_one
 from registry.records import Datasets
 
 
@@ -79,11 +79,11 @@ class EvaluationSettings(GenerationSettings):
     reward_model: Text | None = None
     """What scores the answers of `generate`: a stage of kind rm of the recipe, a registered name, a hub id, a folder,
     or a stage of a finished run (`RECIPE:STAGE`)."""
-    questions: tuple[str, ...] = ()
+    questions: Texts = ()
     """Questions answered by the models before and after."""
     compare_with: Text = "base"
     """Measure the base model as well, whose result is shared by all pipelines; or `none`. Where nothing is trained, any
     other model."""
-    gate: tuple[str, ...] = ()
+    gate: Texts = ()
     """Conditions that make the model of the last measured stage the champion of MLflow's registry, when all are met at
     the end of a run: `perplexity.held_out - champion <= 0 at 95%`."""

@@ -31,10 +31,11 @@ llamatuner import examples/train_lora/llama3_lora_sft.yaml --out recipe.yaml
 `train` takes relative paths from the working directory, looks into `data/` where that has a `dataset_info.json`, does
 only what is not done yet, and writes the adapter (or the weights) to `output_dir`. There the next config finds it, as
 `adapter_name_or_path` or `reward_model`; with `overwrite_output_dir` a model that was there before is kept beside it.
-An adapter that was trained elsewhere does not say which base weights it belongs to: the error tells what to write
-into its `base.json`. `llamatuner run CONFIG` does the same from any folder, with paths relative to the file, and
-writes no `output_dir`. `import` writes the recipe that a config means, with what was renamed and what has no effect;
-`export` merges an adapter into its base; `llamatuner check` looks at a recipe and its data without training.
+An adapter that was trained elsewhere does not say which base weights it belongs to: it is taken, and a note says that
+this could not be checked. One of LLamaTuner's own on other weights is refused. `llamatuner run CONFIG` does the same
+from any folder, with paths relative to the file, and writes no `output_dir`. `import` writes the recipe that a config
+means, with what was renamed and what has no effect; `export` merges an adapter into its base; `llamatuner check` looks
+at a recipe and its data without training.
 
 A config with `do_predict` or `task` and no training measures: answers written anew (`predict_with_generate`, drawn as
 LLaMA-Factory draws them), the loss of the answers there, or a benchmark. With `do_train` and `do_predict`, answers are

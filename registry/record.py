@@ -11,6 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
+def one_text(value: Any) -> Any:
+    """One text as people write it where a list is meant; commas stay, sentences have them."""
+    if isinstance(value, str):
+        return (value,) if value.strip() else ()
+    return tuple(value) if isinstance(value, list) else value
+
+
 def split_names(value: Any) -> Any:
     """`a,b` as people write lists in LLaMA-Factory configs, or one name, or a list."""
     if isinstance(value, str):
@@ -48,6 +55,7 @@ def full_shard_is_true(value: Any) -> Any:
 
 FullShard = Annotated[bool, BeforeValidator(full_shard_is_true)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split_numbers)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(one_text)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 Boards = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(split_names)]
 Steps = Annotated[int, Field(ge=1, lt=2**31)]

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.home import Home
-from tasks.digests import content_digest, sha256_file, sync
+from tasks.digests import DigestMemory, content_digest, sha256_file, sync
 
 if TYPE_CHECKING:
     from tasks.shared_store import SharedStore
 
 FORMAT = 1  # layout of manifest.json
 MANIFEST = "manifest.json"
+WEIGHTS = ("*.safetensors",)
 REPORT = "report/"
 
 
@@ -237,6 +238,12 @@ def read_artifact(path: Path) -> Artifact | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return Artifact(path, manifest) if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def weights_digest(folder: Path, memory: DigestMemory) -> str:
+    """Digest of the weights of a model, whatever else lies in its folder: what an adapter belongs to."""
+    artifact = read_artifact(folder)
+    return content_digest(select(artifact.files if artifact else memory.files(folder, WEIGHTS), WEIGHTS))
 
 
 def remove_folder(path: Path) -> None:

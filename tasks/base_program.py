@@ -72,7 +72,7 @@ def work(spec: Spec, events: Events) -> None:
     output = Path(spec.output)
 
     def note(text: str) -> None:
-        events.emit("note", text=text)
+        events.note(text)
 
     if spec.settings["source"] == "gguf":
         note("converting the weights from GGUF to safetensors")

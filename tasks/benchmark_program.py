@@ -55,7 +55,7 @@ def work(spec: Spec, events: Events) -> None:
     clock = time.monotonic()
 
     def note(text: str) -> None:
-        events.emit("note", text=text)
+        events.note(text)
 
     def lap(name: str) -> None:
         nonlocal clock

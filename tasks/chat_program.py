@@ -73,7 +73,7 @@ def work(spec: Spec, events: Events) -> None:
     """
     host = spec.runtime["host"]
     sock = listen(host, spec.runtime["port"])
-    events.emit("note", text="loading libraries")
+    events.note("loading libraries")
     import uvicorn
 
     from tasks.chat_model import ChatModel
@@ -85,7 +85,7 @@ def work(spec: Spec, events: Events) -> None:
         name, folder = settings["name"], spec.inputs[f"model.{number}"]
         part = replace(spec, settings=settings, inputs={"model": folder})
         held = repr((folder, settings["bf16"], settings.get(QUANTISED)))
-        events.emit("note", text=f"loading {name}")
+        events.note(f"loading {name}")
         loading = partial(lambda held, part: loaded.get(held) or load(part), held, part)
         models.append(ChatModel(name, Path(folder), {key: settings[key] for key in READING}, loading))
         loaded[held] = models[-1].model

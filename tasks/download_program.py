@@ -90,7 +90,7 @@ def _from_hub(spec: Spec, events: Events, repo: str, revision: str) -> dict[str,
     kept = []
     with _progress(events, folder, total):
         for number, name in enumerate(chosen, 1):
-            events.emit("note", text=f"{repo}: file {number} of {len(chosen)}, {name}")
+            events.note(f"{repo}: file {number} of {len(chosen)}, {name}")
             path, lfs = get(name), files[name].lfs
             if lfs and sha256_file(path) != lfs.sha256:
                 path.unlink()
@@ -150,7 +150,7 @@ def _from_modelscope(spec: Spec, events: Events, repo: str, revision: str) -> di
     kept = []
     with _progress(events, folder, sum(files[name].size for name in chosen)):
         for number, name in enumerate(chosen, 1):
-            events.emit("note", text=f"{repo}: file {number} of {len(chosen)}, {name}")
+            events.note(f"{repo}: file {number} of {len(chosen)}, {name}")
             etag = files[name].sha256 or files[name].blob_id
             kept.append({"name": name, "size": get(name).stat().st_size, "etag": etag})
     _take(folder, chosen, Path(spec.output))

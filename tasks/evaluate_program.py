@@ -43,7 +43,7 @@ def work(spec: Spec, events: Events) -> None:
     output, settings = Path(spec.output), spec.settings
     (output / "report").mkdir(parents=True, exist_ok=True)
     timings = Timings()
-    events.emit("note", text="loading libraries")
+    events.note("loading libraries")
     import torch  # noqa: F401 - the first import of it is what takes long
 
     from registry.evaluation_records import GenerationSettings
@@ -53,7 +53,7 @@ def work(spec: Spec, events: Events) -> None:
     timings.lap("import")
     given = {name: settings.get(name) for name in ("template", "default_system", "enable_thinking")}
     chat = Chat.from_folder(tokenizer_folder(spec), **given) if settings["questions"] else None
-    events.emit("note", text="loading the model")
+    events.note("loading the model")
     model = load(spec)
     timings.lap("load")
     results: dict[str, Measure] = {}

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "{stem}.safetensors.index.json"
 OWN_FILES = ("train.json", "merge.json", "base.json")  # what the steps write down for each other; the card says it
+BASE_RECORD = "base.json"  # stays beside an adapter: it says which weights that belongs to
 DTYPES = tuple(CODES)
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT_SHARD_SIZE = "5GB"
@@ -224,7 +225,7 @@ def _write(wanted: Exported, folder: Path, files: dict[str, list[Tensor]], weigh
     if len(files) > 1:
         _write_json(folder / INDEX.format(stem=wanted.stem), index_of(files, wanted.dtype))
     for name in wanted.artifact.files:
-        if name.startswith(REPORT) or name in OWN_FILES or ".safetensors" in name:
+        if name.startswith(REPORT) or not goes_out(name, wanted.artifact.files) or ".safetensors" in name:
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(wanted.artifact.path / name, folder / name)
@@ -234,6 +235,11 @@ def _write(wanted: Exported, folder: Path, files: dict[str, list[Tensor]], weigh
     (folder / CARD).write_text(card, encoding="utf-8")
     for path in _files(folder):
         sync(path)
+
+
+def goes_out(name: str, files: Container[str]) -> bool:
+    """Whether an export has this one of an artifact's files."""
+    return name not in OWN_FILES or (name == BASE_RECORD and ADAPTER_CONFIG in files)
 
 
 def _mend(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ def work(spec: Spec, events: Events) -> None:
     output, settings = Path(spec.output), spec.settings
     (output / "report").mkdir(parents=True, exist_ok=True)
     timings = Timings()
-    events.emit("note", text="loading libraries")
+    events.note("loading libraries")
     import torch  # noqa: F401 - the first import of it is what takes long
 
     from registry.evaluation_records import GenerationSettings
@@ -43,7 +43,7 @@ def work(spec: Spec, events: Events) -> None:
 
     timings.lap("import")
     chat = Chat.from_folder(Path(spec.inputs["model"]), settings["template"])
-    events.emit("note", text="loading the model")
+    events.note("loading the model")
     model = load(spec)
     timings.lap("load")
     rows = TokenizedRows(Path(spec.inputs["set.0"]))
@@ -58,7 +58,7 @@ def work(spec: Spec, events: Events) -> None:
         reporter(events, "answers", spec.runtime["set_names"][0]),
     )
     timings.lap("answers")
-    events.emit("note", text="comparing the answers")
+    events.note("comparing the answers")
     kept, stopped = zip(*(ended(ids, chat.stops) for ids in new), strict=True)
     answers = [chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
     references = [rows.mark(row) for row in range(len(rows))]

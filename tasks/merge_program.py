@@ -34,7 +34,7 @@ def work(spec: Spec, events: Events) -> None:
         ProgramError: `bad_setting` when the adapter belongs to another base, or the saved model's logits are too far
             from those of base + adapter.
     """
-    events.emit("note", text="loading libraries")
+    events.note("loading libraries")
     import torch
 
     from tasks.train.loading import load_base
@@ -42,9 +42,9 @@ def work(spec: Spec, events: Events) -> None:
     from tasks.train.output import copy_tokenizer, save_model, write_json
 
     base, adapter, output = Path(spec.inputs["base"]), Path(spec.inputs["adapter"]), Path(spec.output)
-    changes = check_base(str(adapter), spec.settings["base_digest"])
+    changes = check_base(str(adapter), spec.settings["base_digest"], events.note)
     dtype = saved_dtype(base)
-    events.emit("note", text=f"merging in float32, saving in {dtype}")
+    events.note(f"merging in float32, saving in {dtype}")
     score = scores(adapter)
     model = load_base(str(base), torch.float32, score, changes).eval()
     probe = probe_tokens(model.get_input_embeddings().num_embeddings)
@@ -59,7 +59,7 @@ def work(spec: Spec, events: Events) -> None:
     numbers = {"max_logit_difference": difference, "max_logit_effect": effect, "dtype": dtype}
     if effect == 0.0:
         numbers["no_effect"] = True
-        events.emit("note", text="adapter has no effect: base and base + adapter have equal logits")
+        events.note("adapter has no effect: base and base + adapter have equal logits")
     elif difference > effect / 2:
         events.emit(
             "note",

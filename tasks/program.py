@@ -100,6 +100,10 @@ class Events:
             self._file.write(json.dumps({"kind": kind, **fields}) + "\n")
             self._file.flush()
 
+    def note(self, text: str) -> None:
+        """Tell the person something."""
+        self.emit("note", text=text)
+
 
 class Timings:
     """Seconds that the parts of a program's work take, one behind the other."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from registry.errors import InputError, Problem
 from registry.home import Home
-from tasks.artifacts import MANIFEST, Artifact, Store, remove_folder, select
+from tasks.artifacts import MANIFEST, Artifact, Store, remove_folder, select, weights_digest
 from tasks.digests import DigestMemory, content_digest
 from tasks.fingerprint import fingerprint
 from tasks.launch import run_program
@@ -157,11 +157,14 @@ class Work:
         """The spec of a program that does this step.
 
         Args:
-            base_digest: tell the program the digest of its input `base`, which goes with what it makes.
+            base_digest: tell the program the digest of the weights of its input `base`, which goes with what it makes.
         """
         folder = self.scratch.parent
+        told = {}
+        if base_digest:
+            told = {"base_digest": weights_digest(self.inputs["base"], DigestMemory(self.home.digests))}
         return Spec(
-            settings=self.identity | ({"base_digest": self.digests["base"]} if base_digest else {}),
+            settings=self.identity | told,
             runtime=self.step.runtime,
             inputs={name: str(path) for name, path in self.inputs.items()},
             output=str(self.output),

@@ -21,12 +21,13 @@ from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
 from tasks.steps import RESUME_FILE, Input, Step, Work, behind
 from tasks.train.given import GIVEN, GIVEN_WEIGHTS
 
-TRAIN_VERSION = 1  # first form
+TRAIN_VERSION = 2  # an adapter belongs to weights, not to all files beside them
 MERGE_VERSION = 1  # first form
 PROGRAMS = dict.fromkeys(ONLINE, "tasks.train.online.program")
 """Stage → its program, where that is not the one that trains on given rows."""
 REWARD_MODEL, REWARD_ADAPTER = "reward_model", "reward_adapter"  # inputs of a step that draws answers
 REWARD_FILES = ("*.safetensors", "*.json")
+MODEL_STEPS = ("train", "merge", "add_tokens", "model")  # kinds of those that make a model
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "vocab*", "merges*", "tokenizer*")
 TOO_LITTLE_MEMORY = (
     "One sequence at a time is too much for this memory. Lower cutoff_len or lora_rank, train fewer weights "

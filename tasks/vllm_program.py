@@ -101,7 +101,7 @@ def work(spec: Spec, events: Events) -> None:
     child = subprocess.Popen([sys.executable, "-m", "tasks.guarded", *command], env=environment)
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    events.emit("note", text="vLLM is starting; this can take minutes")
+    events.note("vLLM is starting; this can take minutes")
     url = f"http://[{place[0]}]:{place[1]}" if ":" in place[0] else f"http://{place[0]}:{place[1]}"
     while child.poll() is None and not _healthy(url):
         time.sleep(POLL_SECONDS)

@@ -31,7 +31,7 @@ def work(spec: Spec, events: Events) -> None:
         ProgramError: `bad_setting` for a token that there is already, or a model without a fast tokenizer.
     """
     base, output, wanted = Path(spec.inputs["base"]), Path(spec.output), _wanted(spec.settings)
-    events.emit("note", text="loading libraries")
+    events.note("loading libraries")
     import torch
     from tokenizers import Tokenizer
 
@@ -55,7 +55,7 @@ def work(spec: Spec, events: Events) -> None:
     tokenizer.save(str(output / TOKENIZER))
     _describe(output / CONFIG, ids, wanted)
     write_json(output / REPORT, {"ids": ids, "vocabulary": vocabulary})
-    events.emit("note", text=f"{len(ids)} tokens added; the vocabulary has {vocabulary} now")
+    events.note(f"{len(ids)} tokens added; the vocabulary has {vocabulary} now")
 
 
 def _wanted(settings: Mapping[str, Any]) -> dict[str, bool]:

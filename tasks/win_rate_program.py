@@ -50,12 +50,12 @@ def work(spec: Spec, events: Events) -> None:
     texts, refused, lost = AnswerReader(folder, spec.settings).read(given, prompts)
     timings.lap("read")
     for note in _notes(given, refused, lost, "base_answers" in spec.inputs):
-        events.emit("note", text=note)
+        events.note(note)
     places: dict[Place, None] = dict.fromkeys(each.place for each in given)
     if not any((place, ANSWER) in texts for place in places):
         reasons = dict(Counter(bad.reason for (_, name), bad in refused.items() if name == ANSWER))
         raise ProgramError("bad_setting", f"the reward model can read none of {len(places)} answers: {reasons}")
-    events.emit("note", text="loading the reward model")
+    events.note("loading the reward model")
     model = load_reward_model(folder, spec.settings["bf16"])
     timings.lap("load")
     distinct = list(dict.fromkeys(texts.values()))

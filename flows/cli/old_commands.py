@@ -7,7 +7,6 @@ One decision: a config that is trained this way behaves as it did there: relativ
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -24,7 +23,6 @@ from registry.stages import METHODS
 FLAG = "--"
 DATA = "data"  # where those programs look for dataset_info.json
 DIGEST = re.compile(r"content digest `([0-9a-f]+)`")  # in the card of an export
-BASE = "base.json"  # says which weights an adapter belongs to: the next config may start from it
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -150,8 +148,6 @@ def _write(raw: dict[str, Any], target: Path, as_json: bool) -> int:
         console.print(f"the model that was there is {aside} now", markup=False, soft_wrap=True)
     if write_model(recipe, recipe.name, Wanted(to=target, adapter=adapter), console) is None:
         return FAILED
-    if artifact is not None and (artifact.path / BASE).is_file():
-        shutil.copyfile(artifact.path / BASE, target / BASE)
     return DONE
 
 

@@ -112,7 +112,7 @@ class HeldOutLoss(TrainerCallback):
         step = int(self.trainer.gather(known).max())
         if step != self.trainer.state.global_step:
             load_weights(self.trainer.model, root / f"checkpoint-{step}")
-            self.events.emit("note", text=f"the weights of step {step} are kept, where {self.metric} was best")
+            self.events.note(f"the weights of step {step} are kept, where {self.metric} was best")
 
     def _agreed(self, answer: bool) -> bool:
         """The first process's answer: only it has the lines."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tasks.train.reference import ADAPTER, REFERENCE_ADAPTER, keep_adapter
 from tasks.train.reward import SCORE_HEAD
 
 BASE_RECORD = "base.json"  # beside every adapter and model: the digest of the base weights it was made on
+Note = Callable[[str], None]
 ALL, DEFAULT = "all", "default"
 PISSA: Any = (
     "pissa_niter_16"  # singular values by 16 rounds of a randomised method, as in LLaMA-Factory: seconds, not hours
@@ -30,8 +32,18 @@ PISSA: Any = (
 CLASSIFIER_NAMES = {"classifier", "score"}  # what PEFT adds to modules_to_save of a model with a score head
 
 
-def check_base(folder: str, base_digest: str) -> dict[str, Any]:
+def say(text: str) -> None:
+    """Write a line into the program's log."""
+    print(text, flush=True)
+
+
+def check_base(folder: str, base_digest: str, note: Note = say) -> dict[str, Any]:
     """Refuse an adapter that was made on other base weights.
+
+    Args:
+        folder: of the adapter. One of another tool does not say what it was made on; that is noted, and it is taken.
+        base_digest: `tasks.artifacts.weights_digest` of the base.
+        note: gets what cannot be checked.
 
     Returns:
         Fields of the base's config that were changed for the adapter, and what they became.
@@ -41,11 +53,10 @@ def check_base(folder: str, base_digest: str) -> dict[str, Any]:
     """
     path = Path(folder) / BASE_RECORD
     if not path.is_file():
-        raise ProgramError(
-            "bad_setting",
-            f"the adapter has no {BASE_RECORD}, so nobody knows which base weights it belongs to. "
-            f'If it belongs to these, write {{"base_digest": "{base_digest}"}} into that file.',
-        )
+        named = json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))
+        name = named.get("base_model_name_or_path") or "one it does not name"
+        note(f"an adapter of another tool, for {name}: that its base is this one cannot be checked")
+        return {}
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["base_digest"] != base_digest:
         raise ProgramError(

@@ -18,7 +18,7 @@ from tasks.program import ProgramError
 from tasks.train.adapters import continue_lora
 from tasks.train.freezing import freeze
 from tasks.train.loading import Changes, load_base, loading_arguments, refuse_quantised, stretched_positions
-from tasks.train.lora import add_lora, check_base
+from tasks.train.lora import Note, add_lora, check_base, say
 from tasks.train.reference import Reference, keep_adapter, without_dropout
 
 
@@ -39,7 +39,12 @@ def position_changes(settings: dict[str, Any], base: str, cutoff_len: int | None
 
 
 def build_model(
-    settings: dict[str, Any], base: str, base_digest: str, adapter: str | None, changes: Changes | None = None
+    settings: dict[str, Any],
+    base: str,
+    base_digest: str,
+    adapter: str | None,
+    changes: Changes | None = None,
+    note: Note = say,
 ) -> Any:
     """The model to train, on the CPU; quantised, on the device.
 
@@ -49,6 +54,7 @@ def build_model(
         base_digest: digest of the base weights.
         adapter: folder of a LoRA adapter to continue from, or None for new matrices.
         changes: of the base's config.
+        note: gets what cannot be checked.
     """
     method = settings["finetuning_type"]
     if adapter and method != "lora":
@@ -59,7 +65,7 @@ def build_model(
         )
     refuse_quantised(base)
     if adapter:
-        _require_same_positions(check_base(adapter, base_digest), changes or {})
+        _require_same_positions(check_base(adapter, base_digest, note), changes or {})
     dtype = torch.bfloat16 if settings["bf16"] and method == "lora" else torch.float32
     model = load_base(base, dtype, settings["stage"] == "rm", changes, **loading_arguments(settings))
     if settings["stage"] in WITH_REFERENCE:

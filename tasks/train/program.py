@@ -42,7 +42,7 @@ def work(spec: Spec, events: Events) -> None:
     settings = spec.settings["train"]
     STAGES.lookup(settings["stage"], "stage")
     METHODS.lookup(settings["finetuning_type"], "finetuning_type")
-    events.emit("note", text="loading libraries")
+    events.note("loading libraries")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
     make_deterministic(settings["seed"])
     import tasks.train.held_out  # noqa: F401 - with all that it loads, before memory is looked at
@@ -55,16 +55,16 @@ def work(spec: Spec, events: Events) -> None:
     from tasks.training_estimate import MEMORY_FILE
 
     before = resident_bytes()
-    events.emit("note", text="loading model")
+    events.note("loading model")
     require_cuda_for(settings)
     base, digest = spec.inputs["base"], spec.settings["base_digest"]
     changes = position_changes(settings, base, spec.settings.get("cutoff_len"))
-    model = build_model(settings, base, digest, spec.inputs.get("adapter"), changes)
+    model = build_model(settings, base, digest, spec.inputs.get("adapter"), changes, events.note)
     record = {"base_digest": digest} | ({"config": changes} if changes else {})
     if GIVEN_WEIGHTS in spec.inputs:
         _require_base(spec, GIVEN_WEIGHTS, digest, changes, events)
         load_weights(model, Path(spec.inputs[GIVEN_WEIGHTS]))
-        events.emit("note", text=f"the weights of {spec.inputs[GIVEN_WEIGHTS]}; step 0, with a new optimizer")
+        events.note(f"the weights of {spec.inputs[GIVEN_WEIGHTS]}; step 0, with a new optimizer")
     elif GIVEN in spec.inputs:
         _require_base(spec, GIVEN, digest, changes, events)
     pieces = 2 if STAGES[settings["stage"]].shape == "preference" else 1
@@ -77,7 +77,7 @@ def work(spec: Spec, events: Events) -> None:
     trainer = _trainer(spec, model, rows, plan, total, changes)
     if trainer.args.process_index == 0:
         print(plan.sentence(total), flush=True)
-    events.emit("note", text=plan.sentence(total))
+    events.note(plan.sentence(total))
     lines, resumed_from = _train(trainer, spec, events, total, record)
     memory = _memory(trainer, spec, plan, before) if resumed_from < total else None
     model.config.use_cache = use_cache
@@ -231,7 +231,7 @@ def _require_base(spec: Spec, name: str, digest: str, changes: dict[str, Any], e
     adapter = spec.settings["train"]["finetuning_type"] == "lora"
     note = require_same_base(Path(spec.inputs[name]), adapter, digest, changes)
     if note:
-        events.emit("note", text=note)
+        events.note(note)
 
 
 def _starting_point(
@@ -275,12 +275,12 @@ def _train(
     first = trainer.args.local_process_index == 0
     if first:
         for reason in remove_damaged(root, required):
-            events.emit("note", text=reason)
+            events.note(reason)
     own = newest_common(root, required)
     checkpoint, step, begin = _starting_point(trainer, spec, own, total, first)
     if step:
         where = "" if own else f" of {checkpoint}"
-        events.emit("note", text=f"resumed from step {step}{where}")
+        events.note(f"resumed from step {step}{where}")
     lines = StepLines(Path(spec.scratch) / LINES if first else None, step, begin)
     settings, model = spec.settings["train"], read_architecture(Path(spec.inputs["base"]))
     speed = StepSpeed(model, settings, trainer.args.world_size)

@@ -23,11 +23,8 @@ from registry.chat_settings import read_chat
 from registry.errors import InputError
 from registry.evaluation_records import GenerationSettings
 from registry.home import Home
-from tasks.artifacts import Store
 from tasks.chat_client import Client
 from tasks.chat_program import listen
-from tasks.digests import DigestMemory
-from tasks.steps import input_digest
 from tests.flows.processes import kill, require_gone, tree
 from tests.flows.toy import LONGEST, PROJECT, start
 from tests.flows.twins import work_here
@@ -85,8 +82,6 @@ def test_an_adapter_answers_on_the_base_that_it_names(folder: Path, monkeypatch:
     home = Home.open()
     (partner,) = find_partners([str(folder / "adapter")], read_chat([]), home)
     (step,) = partner.steps
-    base = input_digest(step.inputs["base"], Store(home), DigestMemory(home.digests))
-    (folder / "adapter" / "base.json").write_text(json.dumps({"base_digest": base}))
     (made,) = make_steps([step], home, people(False))
     answers = []
     for place in (made.path, folder / "one"):

@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from flows.cli.app import run_app
 from flows.comparison import find_side
 from registry.home import Home
-from tasks.artifacts import Artifact, Store
+from tasks.artifacts import Artifact, Store, weights_digest
+from tasks.digests import DigestMemory
 from tasks.gguf_file import PLACE
 from tasks.ollama import written
 from tests.flows.conftest import Server
@@ -229,6 +230,7 @@ def test_an_adapter_goes_onto_the_export_of_the_stage_before(recipe: str, tmp_pa
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base.json",
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -238,6 +240,8 @@ def test_an_adapter_goes_onto_the_export_of_the_stage_before(recipe: str, tmp_pa
     ids = torch.arange(16)[None]
     with torch.no_grad():
         assert (model(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max() < 1e-4
+    digest = weights_digest(tmp_path / "sft", DigestMemory(tmp_path / "digests"))
+    assert json.loads((tmp_path / "adapter" / "base.json").read_text()) == {"base_digest": digest}
 
 
 def test_a_run_that_is_not_finished_is_refused_with_what_is_missing(

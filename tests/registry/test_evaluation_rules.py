@@ -47,3 +47,9 @@ def test_a_setting_without_effect_is_known_by_the_others() -> None:
     assert without_effect(GenerationSettings()) == drawing | {"length_penalty"}
     assert without_effect(EvaluationSettings(num_beams=2)) == drawing
     assert without_effect(GenerationSettings(do_sample=True)) == {"length_penalty"}
+
+
+def test_one_question_or_one_condition_needs_no_list_around_it() -> None:
+    found = EvaluationSettings(questions="Who are you, please?", gate="perplexity.held_out <= 5")
+    assert (found.questions, found.gate) == (("Who are you, please?",), ("perplexity.held_out <= 5",))
+    assert EvaluationSettings(questions=["a", "b, c"]).questions == ("a", "b, c")

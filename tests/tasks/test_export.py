@@ -163,12 +163,12 @@ def test_an_adapter_is_one_file_and_names_its_base(here: Home, tmp_path: Path) -
     save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 3)}, folder / ADAPTER_WEIGHTS)
     (folder / "adapter_config.json").write_text('{"r": 2, "base_model_name_or_path": "smollm2-135m-instruct"}')
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "base.json").write_text("{}")
+    (folder / "base.json").write_text("{}")  # says which weights the adapter belongs to, and stays with it
     (folder / "train.json").write_text("{}")
     made = stored(here, folder)
     assert saved_dtype(made) == "float32"
     files = export(Exported(made, tmp_path / "out", "bfloat16", None, "acme/base"), CARD, here, silent)
-    assert set(files) == {"README.md", ADAPTER_WEIGHTS, "adapter_config.json", "tokenizer.json"}
+    assert set(files) == {"README.md", ADAPTER_WEIGHTS, "adapter_config.json", "tokenizer.json", "base.json"}
     assert load_file(tmp_path / "out" / ADAPTER_WEIGHTS)["base_model.model.q.lora_A.weight"].dtype == torch.bfloat16
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config == {"r": 2, "base_model_name_or_path": "acme/base"}

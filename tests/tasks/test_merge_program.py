@@ -129,9 +129,17 @@ def test_an_adapter_of_another_base_is_refused_with_both_digests(tmp_path: Path)
         merge(tmp_path / "run", other, adapter, digest="base-9")
     assert error.value.kind == "bad_setting"
     assert not list((tmp_path / "run" / "output").iterdir())
+
+
+def test_an_adapter_of_another_tool_is_merged_and_that_its_base_cannot_be_checked_is_said(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", seed=0)
+    adapter = make_adapter(tmp_path / "adapter", base, digest="base-0")
     (adapter / "base.json").unlink()
-    with pytest.raises(ProgramError, match=r"has no base\.json.*base-9"):
-        merge(tmp_path / "run", other, adapter, digest="base-9")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "acme/base"})
+    merge(tmp_path / "run", base, adapter, digest="base-9")
+    notes = [line["text"] for line in read_lines(tmp_path / "run" / "events.jsonl") if line["kind"] == "note"]
+    assert "an adapter of another tool, for acme/base: that its base is this one cannot be checked" in notes
 
 
 def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

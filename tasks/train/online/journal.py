@@ -77,13 +77,13 @@ class Journal:
         """The state of the newest whole checkpoint put back, or the one given; steps before it are told again."""
         if self.first:
             for reason in remove_damaged(self.root, required(self.moved)):
-                self.events.emit("note", text=reason)
+                self.events.note(reason)
         self.ranks.accelerator.wait_for_everyone()
         checkpoint = newest_common(self.root, required(self.moved))
         if checkpoint:
             numbers = load(checkpoint, self.moved)
             self.resumed_from = numbers.step
-            self.events.emit("note", text=f"resumed from step {numbers.step}")
+            self.events.note(f"resumed from step {numbers.step}")
         self.lines = StepLines(Path(self.spec.scratch) / LINES if self.first else None, numbers.step)
         if self.first and self.samples.exists():
             rows = [json.loads(line) for line in self.samples.read_text(encoding="utf-8").splitlines(keepends=True)]

@@ -32,7 +32,7 @@ def work(spec: Spec, events: Events) -> None:
             was asked to end early.
     """
     settings = spec.settings["train"]
-    events.emit("note", text="loading libraries")
+    events.note("loading libraries")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
     make_deterministic(settings["seed"])
     from tasks.train.model import position_changes
@@ -42,9 +42,9 @@ def work(spec: Spec, events: Events) -> None:
     require_cuda_for(settings)
     arguments = _arguments(settings)  # first: they join the processes, and make accelerate forget an accelerator
     ranks = _processes(settings)
-    events.emit("note", text="loading models")
+    events.note("loading models")
     changes = position_changes(settings, spec.inputs["base"], spec.settings.get("cutoff_len"))
-    roles = make_roles(spec, changes)
+    roles = make_roles(spec, changes, events.note)
     record = {"base_digest": spec.settings["base_digest"]} | ({"config": changes} if changes else {})
     moved = _moved(settings, roles, arguments)
     loop = _loop(spec, roles, moved, ranks)
@@ -52,7 +52,7 @@ def work(spec: Spec, events: Events) -> None:
     for sentence in (roles.sentence(), f"{loop.plan.sentence(total)}; {_sizes(settings, ranks.count)}"):
         if ranks.index == 0:
             print(sentence, flush=True)
-        events.emit("note", text=sentence)
+        events.note(sentence)
     journal = Journal(spec, events, ranks, Path(spec.scratch) / CHECKPOINTS, moved, total, record)
     loop.numbers = journal.resume(loop.numbers)
     rate = _schedule(settings, total)

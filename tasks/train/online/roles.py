@@ -24,7 +24,7 @@ from tasks.train.fast_lora import speed_up
 from tasks.train.freezing import freeze
 from tasks.train.likelihood import body_of
 from tasks.train.loading import Changes, load_base
-from tasks.train.lora import CLASSIFIER_NAMES, check_base
+from tasks.train.lora import CLASSIFIER_NAMES, Note, check_base, say
 from tasks.train.model import build_model, make_reference
 from tasks.train.online.inputs import Inputs, shares_beginnings
 from tasks.train.online.reader import Reader
@@ -121,14 +121,14 @@ class Roles:
         return f"models of their own beside the policy: {', '.join(own)}"
 
 
-def make_roles(spec: Spec, changes: Changes) -> Roles:
+def make_roles(spec: Spec, changes: Changes, note: Note = say) -> Roles:
     """Load and adapt what a stage is told to use.
 
     Raises:
         ProgramError: `bad_setting` for the adapter of a reward model that is not for these weights.
     """
     settings, base, digest = spec.settings["train"], spec.inputs["base"], spec.settings["base_digest"]
-    policy = build_model(settings, base, digest, spec.inputs.get("adapter"), changes)
+    policy = build_model(settings, base, digest, spec.inputs.get("adapter"), changes, note)
     reference = make_reference(settings, policy, base, spec.inputs.get("reference"), changes)
     assert reference is not None
     reward, reader = _reward(spec, policy, changes)
