@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.services import KEPT_LEASES, LEASES
+
 FOLDER = Path(__file__).parents[1] / "deployments" / "docker"
 
 
@@ -37,6 +39,13 @@ def test_every_service_waits_for_what_it_needs(services: dict[str, Any]) -> None
             assert how == {"condition": "service_healthy"}
             assert "healthcheck" in services[other]
     assert set(services["worker"]["depends_on"]) == {"prefect", "mlflow"}
+
+
+def test_the_prefect_server_keeps_what_it_has_lent(services: dict[str, Any]) -> None:
+    said = services["prefect"]["environment"]
+    assert said[LEASES] == KEPT_LEASES
+    kept = [volume.partition(":")[2] for volume in services["prefect"]["volumes"]]
+    assert any(said["PREFECT_HOME"].startswith(f"{folder}/") for folder in kept)
 
 
 def test_options_of_the_mlflow_server_exist(services: dict[str, Any]) -> None:
