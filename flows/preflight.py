@@ -81,6 +81,9 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
             rule = "fsdp on several machines is not there yet: their checkpoints would not be whole"
             problems.append(Problem(f"stages.{name}.fsdp", rule, "Use deepspeed, or one machine."))
         problems += _board_problems(f"stages.{name}.report_to", stage.settings.runtime.report_to)
+        if stage.settings.runtime.preprocessing_dask and find_spec("distributed") is None:
+            rule, cure = "the package distributed is not installed", "Install it: pip install 'llamatuner[dask]'"
+            problems.append(Problem(f"stages.{name}.preprocessing_dask", rule, cure))
         installed = stage.settings.runtime.launcher == "kubernetes" or find_spec("deepspeed") is not None
         if stage.settings.train.deepspeed and not installed:
             cure = "pip install deepspeed"

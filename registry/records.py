@@ -231,6 +231,9 @@ class RuntimeSettings(Record):
     """Start training with torchrun also where one process is enough; FORCE_TORCHRUN=1 in the environment as well."""
     preprocessing_num_workers: Steps | None = None
     """Processes that prepare data; nothing means one per core."""
+    preprocessing_dask: Annotated[str, Field(pattern=r"^(tcp|tls)://[^/\s]+:[0-9]+$")] | None = None
+    """Address of a Dask scheduler, `tcp://HOST:PORT`, whose workers prepare the data instead; all of them see
+    LLAMATUNER_HOME and the data at the same place, and have what this machine has installed."""
     logging_steps: Steps = 1
     """Optimizer steps between two points of the loss curve."""
     report_to: Boards = ()

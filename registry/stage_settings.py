@@ -59,7 +59,15 @@ READING = [
     *("template", "cutoff_len", "overlong", "cut_answers", "mask_history", "train_on_prompt", "control_tokens"),
     *("default_system", "enable_thinking", "bad_rows", "bad_rows_limit", "max_samples", "model_revision", "bf16"),
     *("quant_bit", "quant_type", "double_quantization"),
-    *("dataset_dir", "preprocessing_num_workers", "per_device_eval_batch_size", "launcher", "slurm", "kubernetes"),
+    *(
+        "dataset_dir",
+        "preprocessing_num_workers",
+        "preprocessing_dask",
+        "per_device_eval_batch_size",
+        "launcher",
+        "slurm",
+        "kubernetes",
+    ),
 ]
 """Settings of a recipe that trains nothing."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")

@@ -54,7 +54,7 @@ def fetch_step(
         stage, name: where it stands in the plan.
         sources: the data sets, in order.
         data: `max_samples`, `val_size`, `bad_rows`.
-        runtime: `preprocessing_num_workers`.
+        runtime: `preprocessing_num_workers` and `preprocessing_dask`.
         shape: one of `tasks.formats.SHAPES`.
         seed: of the choice of rows kept back.
         memory: digests of the files; a file counts by its bytes, not by its name.
@@ -85,6 +85,7 @@ def fetch_step(
             "names": [source.name for source in sources],
             "files": [[str(file) for file in source.files] for source in sources],
             "workers": runtime.preprocessing_num_workers,
+            "dask": runtime.preprocessing_dask,
         },
         packages=("pyarrow", "orjson"),
     )
@@ -147,6 +148,7 @@ def fetch(work: Work) -> dict[str, Any]:
         work.step.runtime["workers"],
         _Counter(work),
         work.stop,
+        work.step.runtime["dask"],
     )
     rejects = Rejects()
     for (source, file), chunk in zip(origins, made, strict=True):

@@ -282,6 +282,7 @@ def render(work: Work) -> dict[str, Any]:
         work.step.runtime["workers"],
         work.counter([chunk["rows"] for chunk in chunks]),
         work.stop,
+        work.step.runtime["dask"],
     )
     (work.output / META).write_text(json.dumps(renderer.meta(), ensure_ascii=False), encoding="utf-8")
     return _collect(work, chunks, made)

@@ -291,6 +291,7 @@ def _make(work: Work, meta: dict[str, Any], chunks: list[dict[str, Any]], librar
         work.step.runtime["workers"],
         work.counter([chunk["rows"] for chunk in chunks]),
         work.stop,
+        work.step.runtime["dask"],
     )
 
 

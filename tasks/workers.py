@@ -26,6 +26,7 @@ from typing import Any
 
 from registry.errors import InputError, Problem
 from tasks.chunks import Chunk, ChunkCache, Made, Maker, make_chunk
+from tasks.dask_chunks import make_on_dask
 from tasks.fingerprint import fingerprint
 from tasks.launch import ProgramFailed, python_path
 from tasks.locks import check_stop
@@ -178,6 +179,7 @@ def make_chunks(
     workers: int | None = None,
     on_made: Callable[[Made], None] = lambda made: None,
     stop: threading.Event | None = None,
+    dask: str | None = None,
 ) -> list[Made]:
     """Every chunk, made or found, in order.
 
@@ -189,6 +191,7 @@ def make_chunks(
         workers: processes to use; all cores when None, none at all for 1.
         on_made: told about each chunk, in order.
         stop: ends the work between two chunks with `Interrupted`.
+        dask: address of a Dask scheduler whose workers make them, where there are more than a handful.
 
     Raises:
         InputError, ProgramFailed: as the maker says; chunks finished by then are kept.
@@ -196,7 +199,7 @@ def make_chunks(
     """
     count = workers or cores()
     found, missing = _looked_up(chunks, cache, stop), 0
-    few = 0 if WORKERS.running() else FEW_CHUNKS
+    few = 0 if WORKERS.running() and dask is None else FEW_CHUNKS
     head: list[Chunk | Made] = []  # chunks to make have their payloads; of those that are there it is let go
     for each in found:
         head.append(each)
@@ -204,8 +207,10 @@ def make_chunks(
         if missing > few:
             break
     everything = chain(head, found)
-    if count == 1 or missing <= few:
+    if missing <= few or (count == 1 and dask is None):
         results = _here(run, settings, everything, cache)
+    elif dask is not None:
+        results = make_on_dask(dask, run, settings, everything, cache, stop)
     else:
         WORKERS.start(count)
         results = _in_workers(run, settings, everything, cache, count, stop)
