@@ -83,7 +83,8 @@ def outlive_reader() -> None:
 
 def end_without_traceback() -> None:
     """Keep Prefect's traceback out of the log of a run that ends otherwise than completed: why is said already."""
-    logging.getLogger("prefect.flow_runs").addFilter(_is_no_echo)
+    for name in ("prefect.flow_runs", "prefect.engine"):
+        logging.getLogger(name).addFilter(_is_no_echo)
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:

@@ -51,10 +51,12 @@ def _forward(layer: Any, plain: Any, x: Tensor, *arguments: Any, **keywords: Any
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or not active:
         return layer.base_layer(x) if layer.base_layer.bias is not None else _from_the_left(layer.base_layer.weight, x)
-    if len(active) > 1 or arguments or keywords or torch.is_autocast_enabled(x.device.type) or layer.merged:
+    if len(active) > 1 or arguments or keywords or layer.merged:
         return plain(x, *arguments, **keywords)
     (name,) = active
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if torch.is_autocast_enabled(x.device.type):
+        return _in_lower_precision(layer, x, down, up, layer.scaling[name])
     if x.dtype != down.dtype:
         return plain(x)
     if _few(x) and layer.base_layer.bias is None:
@@ -64,6 +66,16 @@ def _forward(layer: Any, plain: Any, x: Tensor, *arguments: Any, **keywords: Any
     result = layer.base_layer(x)
     small = linear(x, down) * layer.scaling[name]
     result.view(-1, result.shape[-1]).addmm_(small.reshape(-1, small.shape[-1]), up.t())
+    return result
+
+
+def _in_lower_precision(layer: Any, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """The same under autocast, every product in its dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x = x.to(dtype)
+    result = layer.base_layer(x)
+    small = linear(x, down.to(dtype)) * scaling
+    result.view(-1, result.shape[-1]).addmm_(small.reshape(-1, small.shape[-1]), up.to(dtype).t())
     return result
 
 
@@ -98,6 +110,9 @@ def few_rows(model: Any) -> Iterator[None]:
 
 def _from_the_left(weight: Tensor, x: Tensor) -> Tensor:
     """(W xᵀ)ᵀ where there are few rows x; else what is usual."""
-    if not _few(x) or torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
+        # as a matrix: of a slice [b, 1, k] PyTorch makes b products, each with a copy of W; 470 ms instead of 4 for a head
+        return linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    if not _few(x):
         return linear(x, weight)
     return _as_rows(weight @ _columns(x), x)

@@ -23,9 +23,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("fast") / "base")
 
 
-def adapted(base: Path, **fields: Any) -> Any:
+def adapted(base: Path, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
     """A model with two adapters of other ranks, whose matrices are all not 0; float64, so that order hardly matters."""
-    alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    alone = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     model = get_peft_model(alone, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **fields))
     model.add_adapter("other", LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
     torch.manual_seed(0)
@@ -74,6 +74,42 @@ def test_an_adapter_that_begins_with_0_is_the_base_to_the_bit(base: Path, ids: t
         if ".lora_B.default." in name:
             value.data.zero_()
     with torch.no_grad():
+        found = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, found)
+
+
+@pytest.mark.parametrize("ids", [FEW, MANY], ids=["few", "many"])
+def test_in_bfloat16_it_is_as_near_to_the_exact_values_as_peft(base: Path, ids: torch.Tensor) -> None:
+    whole = adapted(base)
+    exact, gradients = logits_and_gradients(whole, ids)
+    drawn, distances = dict(whole.named_parameters()), []
+    for fast in (False, True):
+        model = adapted(base, torch.bfloat16)
+        for name, value in model.named_parameters():
+            if "lora_" in name:  # as training holds them
+                value.data = drawn[name].data.float()
+        assert speed_up(model) == 14 if fast else True
+        with torch.autocast("cpu", torch.bfloat16):
+            found, others = logits_and_gradients(model, ids)
+        assert others.keys() == gradients.keys()
+        assert {value.dtype for value in others.values()} == {torch.float32}
+        far = [(others[name] - value).norm() / value.norm() for name, value in gradients.items()]
+        distances.append(((found - exact).norm() / exact.norm(), max(far)))
+    (plain, plain_gradients), (own, own_gradients) = distances
+    assert own < 1.2 * plain < 0.05
+    assert own_gradients < 1.2 * plain_gradients < 0.5
+
+
+@pytest.mark.parametrize("ids", [FEW, MANY], ids=["few", "many"])
+def test_in_bfloat16_too_an_adapter_that_begins_with_0_is_the_base_to_the_bit(base: Path, ids: torch.Tensor) -> None:
+    model = adapted(base, torch.bfloat16)
+    speed_up(model)
+    for name, value in model.named_parameters():
+        value.data = value.data.float() if "lora_" in name else value.data
+        if ".lora_B.default." in name:
+            value.data.zero_()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = model(input_ids=ids).logits
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids).logits, found)
