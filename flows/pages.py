@@ -16,7 +16,7 @@ from contextvars import copy_context
 from typing import Any
 
 from httpx import HTTPError
-from prefect.exceptions import CancelledRun, FailedRun
+from prefect.exceptions import CancelledRun, FailedRun, UnfinishedRun
 from prefect.logging.handlers import PrefectConsoleHandler
 
 PAUSE = 30.0  # seconds in which pages are left out when one could not be written
@@ -89,7 +89,8 @@ def end_without_traceback() -> None:
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, CancelledRun | FailedRun)  # the flow's own last state, raised by Prefect to itself
+    # the state that the flow has ended in, or that somebody else has put it into, raised by Prefect to itself
+    return not isinstance(error, CancelledRun | FailedRun | UnfinishedRun)
 
 
 def _print_nowhere() -> None:

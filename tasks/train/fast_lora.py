@@ -111,7 +111,7 @@ def few_rows(model: Any) -> Iterator[None]:
 def _from_the_left(weight: Tensor, x: Tensor) -> Tensor:
     """(W xᵀ)ᵀ where there are few rows x; else what is usual."""
     if torch.is_autocast_enabled(x.device.type):
-        # as a matrix: of a slice [b, 1, k] PyTorch makes b products, each with a copy of W; 470 ms instead of 4 for a head
+        # as a matrix: of a slice [b, 1, k] PyTorch makes b products, each with a copy of W (470 ms instead of 4)
         return linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
     if not _few(x):
         return linear(x, weight)
