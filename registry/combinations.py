@@ -22,6 +22,7 @@ WITHOUT_CRITIC = ("grpo", "rloo")
 ONLINE = ("ppo", *WITHOUT_CRITIC)
 WITH_REFERENCE = ("dpo", "kto", *ONLINE)
 ROWS_GIVEN = ("pt", "sft", *COMPARING)
+WARMED = ("linear", "cosine", "constant_with_warmup")
 CLUSTERS = ("slurm", "kubernetes")
 ADDED = ("add_tokens", "add_special_tokens")
 WHOLE_MATRICES = tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.whole_matrices)
@@ -60,7 +61,9 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need(("num_train_epochs",), {"max_steps": UNSET}, refused=False),
     Need(("max_steps",), {"max_steps": SET}, refused=False),
-    Need(("warmup_ratio",), {"lr_scheduler_type": ("linear", "cosine", "constant_with_warmup")}, refused=False),
+    Need(("warmup_ratio", "warmup_steps"), {"lr_scheduler_type": WARMED}, refused=False),
+    Need(("warmup_ratio",), {"warmup_steps": UNSET}, refused=False),
+    Need(("warmup_steps",), {"warmup_steps": SET}, refused=False),
     Need(("pref_loss",), {"stage": ("dpo",)}),
     Need(("pref_beta",), {"stage": ("dpo", "kto", "orpo")}),
     Need(("pref_ftx",), {"stage": ("dpo", "kto")}),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +57,13 @@ def _eval_strategy(value: Any, settings: Mapping[str, Any]) -> Meaning:
 
 def _warmup_steps(value: Any, settings: Mapping[str, Any]) -> Meaning:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or value < 0:
+    if not number or value < 0 or (value > 1 and value != int(value)):
         return Meaning(refused="should be a number of steps")
     if value == 0:
         return NOTHING
     if value < 1:  # transformers 5 takes a share here
         return Meaning({"warmup_ratio": value})
-    total = settings.get("max_steps")
-    if isinstance(total, int) and total > value:
-        share = value / total
-        return Meaning({"warmup_ratio": share if ceil(total * share) == value else (value - 0.5) / total})
-    rule = "the warm-up is a share of the steps, whose number is not known without max_steps"
-    return Meaning(refused=rule, cure="Use warmup_ratio, e.g. 0.1.")
+    return Meaning({"warmup_steps": int(value)}, silent=True)
 
 
 def _quantization_method(value: Any, settings: Mapping[str, Any]) -> Meaning:
@@ -183,7 +177,7 @@ MEANINGS = {
     "metric_for_best_model": "the same; `loss` is `eval_loss`",
     "eval_strategy": "`eval_steps`, or `logging_steps` where that is not given; `no` measures after training only",
     "evaluation_strategy": "as `eval_strategy`",
-    "warmup_steps": "`warmup_ratio`, with `max_steps`; below 1 it is that share",
+    "warmup_steps": "the same; below 1 it is `warmup_ratio`",
     "quantization_method": "`bnb`, which is what there is; others are refused",
     "neat_packing": "`packing`, whose rows never see each other",
     "disable_gradient_checkpointing": "`gradient_checkpointing`, the other way round",

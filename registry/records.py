@@ -171,6 +171,8 @@ class TrainSettings(MethodSettings, LossSettings, OnlineSettings, PpoSettings, G
     """Shape of the learning rate over the run."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the optimizer steps over which the learning rate rises to its peak."""
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """The same as a number of optimizer steps; above 0 it stands in place of `warmup_ratio`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay of the optimizer."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

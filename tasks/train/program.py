@@ -151,13 +151,22 @@ def require_cuda_for(settings: dict[str, Any]) -> None:
         raise ProgramError("bad_setting", ". ".join(problem))
 
 
-def warmup_steps(total: int, ratio: float) -> int:
-    """Optimizer steps over which the learning rate rises, rounded up.
+def warmup_steps(settings: dict[str, Any], total: int) -> int:
+    """Optimizer steps over which the learning rate rises; a share of all of them is rounded up.
 
-    >>> warmup_steps(10, 0.03)
-    1
+    >>> warmup_steps({"warmup_ratio": 0.03}, 10), warmup_steps({"warmup_steps": 4}, 10)
+    (1, 4)
+
+    Raises:
+        ProgramError: `bad_setting` for so many that the learning rate never comes to its peak.
     """
-    return math.ceil(total * ratio)
+    steps: int = settings.get("warmup_steps", 0) or math.ceil(total * settings.get("warmup_ratio", 0.0))
+    if settings.get("warmup_steps", 0) >= total:
+        rule = (
+            f"warmup_steps is {steps}, and there are {total} optimizer steps: the learning rate never comes to its peak"
+        )
+        raise ProgramError("bad_setting", f"{rule}. Use fewer, or warmup_ratio.")
+    return steps
 
 
 def make_deterministic(seed: int) -> None:
@@ -196,7 +205,7 @@ def _arguments(spec: Spec, plan: BatchPlan, total: int) -> TrainingArguments:
         learning_rate=settings["learning_rate"],
         max_steps=total,
         lr_scheduler_type=settings["lr_scheduler_type"],
-        warmup_steps=warmup_steps(total, settings.get("warmup_ratio", 0.0)),
+        warmup_steps=warmup_steps(settings, total),
         weight_decay=settings["weight_decay"],
         max_grad_norm=settings["max_grad_norm"],
         seed=settings["seed"],

@@ -157,8 +157,7 @@ def _schedule(settings: dict[str, Any], total: int) -> Any:
     from tasks.train.program import warmup_steps
 
     nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    warmup = warmup_steps(total, settings.get("warmup_ratio", 0.0))
-    return get_scheduler(settings["lr_scheduler_type"], nothing, warmup, total).lr_lambdas[0]
+    return get_scheduler(settings["lr_scheduler_type"], nothing, warmup_steps(settings, total), total).lr_lambdas[0]
 
 
 def _set_rates(settings: dict[str, Any], moved: dict[str, Moved], factor: float) -> None:

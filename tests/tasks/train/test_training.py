@@ -273,6 +273,18 @@ def test_packed_and_unpacked_rows_are_trained_alike(inputs: dict[str, Path], tmp
     assert losses(plain) == pytest.approx(losses(other), rel=1e-5)
 
 
+def test_the_learning_rate_rises_over_a_share_of_the_steps_or_a_number_of_them(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    made = []
+    for name, given in {"share": {"warmup_ratio": 0.5}, "steps": {"warmup_steps": 4, "warmup_ratio": 0.9}}.items():
+        output = run(make_spec(tmp_path / name, inputs, max_steps=8, learning_rate=1e-2, **given))
+        made.append([line["learning_rate"] for line in read_lines(output / "report" / "metrics.jsonl")])
+    assert made[0] == made[1] == pytest.approx([2.5e-3, 7.5e-3, 7.5e-3, 2.5e-3])  # of every other step
+    with pytest.raises(ProgramError, match="warmup_steps is 4, and there are 4 optimizer steps"):
+        run(make_spec(tmp_path / "many", inputs, max_steps=4, warmup_steps=4))
+
+
 def test_bf16_keeps_matrices_in_float32_and_learns(inputs: dict[str, Path], tmp_path: Path) -> None:
     output = run(make_spec(tmp_path, inputs, bf16=True))
     assert {value.dtype for value in load_file(output / "adapter_model.safetensors").values()} == {torch.float32}
