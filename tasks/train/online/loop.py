@@ -25,7 +25,7 @@ from tasks.train.online.experience import Experience, learn_from
 from tasks.train.online.inputs import Answered
 from tasks.train.online.roles import Roles
 from tasks.train.online.rollout import draw_answers, uniforms
-from tasks.train.online.scoring import Scored, score
+from tasks.train.online.scoring import Held, Scored, score
 from tasks.train.online.sources import Source, judge
 from tasks.train.online.state import Numbers
 from tasks.train.online.update import Update, micro_batches, mini_batches
@@ -110,11 +110,12 @@ class Loop:
         step, clock = self.numbers.step + 1, time.perf_counter()
         answers = self._draw(self.plan.rows_of(step), step)
         drawn = time.perf_counter()
-        scored, scores, by_source = self._score(answers, step)
+        held = Held()
+        scored, scores, by_source = self._score(answers, step, held)
         with_running = self.numbers.scores
         experience = learn_from(answers, scored, scores, self.settings, self.numbers.kl_coef, with_running)
         updating = time.perf_counter()
-        metrics = self.update(experience, step)
+        metrics = self.update(experience, step, held)
         done = time.perf_counter()
         self.numbers.kl_coef = next_coefficient(
             self.numbers.kl_coef, experience.metrics["kl"], self.settings.get("ppo_target")
@@ -157,15 +158,19 @@ class Loop:
         self.roles.policy.train()
         return self.ranks.everybodys(answers)
 
-    def _score(self, answers: list[Answered], step: int) -> tuple[list[Scored], Tensor, dict[str, float]]:
+    def _score(self, answers: list[Answered], step: int, held: Held) -> tuple[list[Scored], Tensor, dict[str, float]]:
         """What was found of each answer, its score from all sources [b], and the mean score of each source."""
         lengths = [len(item) for item in answers]
         own: dict[int, Scored] = {}
-        for batch in mini_batches(lengths, self.update.size, 0, (self.settings["seed"], step)):
-            for places in micro_batches(batch, self.update.micro_batch, self.ranks.index, self.ranks.count):
-                with self.ranks.autocast():
-                    found = score(self.roles, [answers[place] for place in places], self.update.sampling)
-                own |= zip(places, found, strict=True)
+        everything = [
+            places
+            for batch in mini_batches(lengths, self.update.size, 0, (self.settings["seed"], step))
+            for places in micro_batches(batch, self.update.micro_batch, self.ranks.index, self.ranks.count)
+        ]
+        for places in everything:
+            asked, kept = [answers[place] for place in places], held if len(everything) == 1 else None
+            with self.ranks.autocast():
+                own |= zip(places, score(self.roles, asked, self.update.sampling, kept), strict=True)
         scored = self.ranks.everybodys(own)
         parts: dict[str, list[float]] = {}
         if self.roles.reward is not None:

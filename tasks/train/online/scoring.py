@@ -1,7 +1,8 @@
-"""What answers are worth: log-probabilities, expectations and scores, without gradients.
+"""What answers are worth: log-probabilities, expectations and scores.
 
 One decision: answers are scored in the very micro-batches of the first update, so that policy and answers differ there
-by nothing at all, and a ratio of 1 can be demanded to the bit.
+by nothing at all, and a ratio of 1 can be demanded to the bit. So where a step has one micro-batch, the policy's pass
+is kept for that update (`Held`), which would make it again.
 
 Legend: b answers of a micro-batch, s tokens of the longest prompt and answer, n tokens of the longest answer,
 k tokens of all its answers, v vocabulary.
@@ -37,6 +38,19 @@ class Scored:
     """The reward model's; None without one."""
 
 
+@dataclass
+class Held:
+    """The policy's pass over the only micro-batch of a step, until its first update learns from it."""
+
+    logps: Tensor | None = None
+    """[k] with gradients."""
+
+    def take(self) -> Tensor | None:
+        """What there is; from then on it is not held."""
+        logps, self.logps = self.logps, None
+        return logps
+
+
 def drawn_logits(model: Any, inputs: Inputs, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Logits of the distribution that the answers' tokens are drawn from, [k, v] float32, and the tokens, [k]."""
     logits, targets, _ = trained_logits(model, inputs.arguments(model) | {"labels": inputs.labels})
@@ -55,12 +69,23 @@ def entropies(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score(roles: Roles, answers: Sequence[Answered], sampling: Sampling) -> list[Scored]:
-    """Everything about the answers of a micro-batch that does not change while the policy learns from them."""
+def score(roles: Roles, answers: Sequence[Answered], sampling: Sampling, held: Held | None = None) -> list[Scored]:
+    """Everything about the answers of a micro-batch that does not change while the policy learns from them.
+
+    Args:
+        roles: who is asked.
+        answers: of the micro-batch.
+        sampling: the distribution they were drawn from.
+        held: gets the policy's pass.
+    """
     inputs = make_inputs(answers, roles.policy.device, roles.share)
     lengths = [len(item.answer) for item in answers]
-    logits, targets = drawn_logits(roles.policy, inputs, sampling)
-    logps, spread = -cross_entropy(logits, targets, reduction="none"), entropies(logits)
+    with torch.set_grad_enabled(held is not None):
+        logits, targets = drawn_logits(roles.policy, inputs, sampling)
+        logps = -cross_entropy(logits, targets, reduction="none")
+    if held is not None:
+        held.logps = logps
+    logps, spread = logps.detach(), entropies(logits.detach())
     del logits
     reference = roles.refer(lambda model: token_logps(model, inputs, sampling))
     values: list[list[float] | None] = [None] * len(answers)

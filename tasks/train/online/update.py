@@ -24,7 +24,7 @@ from tasks.train.online.inputs import Inputs, make_inputs
 from tasks.train.online.losses import BIGGEST, kl_loss, of_answers, policy_loss, shares, value_loss
 from tasks.train.online.roles import Judge, Roles
 from tasks.train.online.rollout import Sampling
-from tasks.train.online.scoring import token_logps
+from tasks.train.online.scoring import Held, token_logps
 
 FIRST_RATIO = 1e-3  # of log-probabilities that are asked for twice; here they are equal, other kernels may round
 
@@ -94,8 +94,13 @@ class Update:
         self.size = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * ranks.count
         self.sampling = Sampling(settings["temperature"], settings["top_k"], settings["top_p"])
 
-    def __call__(self, experience: Experience, step: int) -> dict[str, float]:
+    def __call__(self, experience: Experience, step: int, held: Held | None = None) -> dict[str, float]:
         """Make the updates of a step; means of what they were.
+
+        Args:
+            experience: what is learned from.
+            step: its number.
+            held: the pass that the first update need not make again.
 
         Raises:
             ProgramError: `unexpected` when the policy of the first mini-batch is not the one that drew the answers,
@@ -105,7 +110,8 @@ class Update:
         found: list[dict[str, float]] = []
         for epoch in range(self.settings["ppo_epochs"]):
             for batch in mini_batches(lengths, self.size, epoch, (self.settings["seed"], step)):
-                metrics, enough = self._mini_batch(experience, batch, step, first=not found)
+                logps = held.take() if held is not None and not found else None
+                metrics, enough = self._mini_batch(experience, batch, step, not found, logps)
                 found.append(metrics)
                 if enough:
                     return self._means(found, stopped=True)
@@ -118,12 +124,12 @@ class Update:
         return means | {"updates": len(found) - stopped, "first_ratio": found[0]["ratio"]}
 
     def _mini_batch(
-        self, experience: Experience, batch: list[int], step: int, first: bool
+        self, experience: Experience, batch: list[int], step: int, first: bool, made: Tensor | None = None
     ) -> tuple[dict[str, float], bool]:
         """One update of policy and critic; and whether the policy has gone far enough for this step."""
         lengths = experience.mask[batch].sum(dim=1)
         mine = micro_batches(batch, self.micro_batch, self.ranks.index, self.ranks.count)
-        metrics = self._policy(experience, mine, lengths)
+        metrics = self._policy(experience, mine, lengths, made)
         error = metrics.pop("first_error")
         if first and error > FIRST_RATIO:
             raise ProgramError(
@@ -142,21 +148,26 @@ class Update:
             metrics["critic_grad_norm"] = self._move("critic", step)
         return metrics, False
 
-    def _policy(self, experience: Experience, mine: list[list[int]], batch: Tensor) -> dict[str, float]:
+    def _policy(
+        self, experience: Experience, mine: list[list[int]], batch: Tensor, made: Tensor | None
+    ) -> dict[str, float]:
         """Gradients of the policy's loss, and what its ratios are.
 
         Args:
             experience: of the step.
             mine: the answers of each micro-batch of this process.
             batch: tokens of each answer of the mini-batch.
+            made: [k] log-probabilities of the only micro-batch, where they are there with gradients.
         """
         sums, error, stage = torch.zeros(4, dtype=torch.float64), 0.0, self.settings["stage"]
         for rows in mine:
-            inputs = self._inputs(experience, rows)
             before, advantages, reference = self._taken(experience, rows, "logps", "advantages", "reference")
             lengths = experience.mask[rows].sum(dim=1).to(before.device)
-            with self.ranks.autocast():
-                logps = token_logps(self.roles.policy, inputs, self.sampling)
+            if made is None:
+                with self.ranks.autocast():
+                    logps = token_logps(self.roles.policy, self._inputs(experience, rows), self.sampling)
+            else:
+                logps, made = made, None
             change = logps - before
             of_what = of_answers(change, lengths) if stage == "rloo" else change
             losses, clipped = policy_loss(of_what, advantages, self.settings["cliprange"])

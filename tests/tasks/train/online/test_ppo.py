@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.program import OPTIONAL, ProgramError, Spec
 from tasks.train.online.program import needed_packages, work
+from tasks.train.online.scoring import Held
 from tests.tasks.train.online.runs import LOW, contents, lines, make_spec, numbers, train
 from tests.tasks.train.test_kills import killed
 from tests.tasks.train.test_methods import merge
@@ -112,6 +113,27 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_on
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     samples = [read_lines(tmp_path / name / "output" / "report" / "samples.jsonl") for name in ("whole", "killed")]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_the_pass_that_scoring_keeps_is_to_the_bit_the_one_that_the_first_update_would_make(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    inputs, fields = (
+        (shared(made), {}) if stage == "ppo" else ({"base": made["base"]}, CASES["grpo"] | {"reward_funcs": (LOW,)})
+    )
+    kept = train(tmp_path / "kept", inputs, **fields, max_steps=3)
+    taken = []
+
+    def nothing(held: Held) -> None:
+        taken.append(held.logps)
+
+    monkeypatch.setattr(Held, "take", nothing)
+    again = train(tmp_path / "again", inputs, **fields, max_steps=3)
+    assert len(taken) == 3
+    assert all(logps.requires_grad for logps in taken)
+    assert again == kept
+    assert contents(tmp_path / "again") == contents(tmp_path / "kept")
 
 
 def test_smaller_micro_batches_make_the_same_steps(made: dict[str, Path], tmp_path: Path) -> None:
