@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from flows.cli.app import run_app
-from flows.services import ask
+from flows.services import BUSY, ask
 from registry.home import Home
 from registry.recipes import RECIPES
 from registry.run_form import recipe_form
@@ -234,7 +234,17 @@ def tell(api: str, event: str, resource: dict[str, str], related: list[dict[str,
 def switch(api: str, automation: dict[str, Any], on: bool) -> None:
     """Switch an automation on or off as people do on Prefect's page."""
     body = json.dumps({"enabled": on}).encode()
-    urlopen(Request(f"{api}/automations/{automation['id']}", body, JSON, method="PATCH")).close()
+
+    def done() -> bool:
+        try:
+            urlopen(Request(f"{api}/automations/{automation['id']}", body, JSON, method="PATCH")).close()
+        except HTTPError as error:
+            if error.code != BUSY:
+                raise
+            return False  # its SQLite database is locked, see `flows.services.ask`
+        return True
+
+    wait_for(done)
 
 
 def test_a_new_version_is_measured_once_that_is_switched_on(here: Path, api: str) -> None:
