@@ -13,8 +13,7 @@ from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
 from registry.models import DEFAULT_REVISION
 from registry.recipes import RECIPES
-from tasks.artifacts import WEIGHTS, Artifact, Store
-from tasks.export import BASE_RECORD
+from tasks.artifacts import BASE_RECORD, WEIGHTS, Artifact, Store
 from tasks.jsonlines import read_object
 from tasks.model import base_input
 from tasks.sharing import brought, known

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # layout of manifest.json
 MANIFEST = "manifest.json"
 WEIGHTS = ("*.safetensors",)
+BASE_RECORD = "base.json"  # beside every adapter and model: the digest of the base weights it was made on
 REPORT = "report/"
 
 

@@ -71,18 +71,15 @@ def work(spec: Spec, events: Events) -> None:
     """
     output = Path(spec.output)
 
-    def note(text: str) -> None:
-        events.note(text)
-
     if spec.settings["source"] == "gguf":
-        note("converting the weights from GGUF to safetensors")
+        events.note("converting the weights from GGUF to safetensors")
         convert(Path(spec.inputs["gguf"]), output)
         return
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     try:
-        fetch_hub(spec.settings["repo"], spec.settings["commit"], output, Path(spec.scratch), note)
+        fetch_hub(spec.settings["repo"], spec.settings["commit"], output, Path(spec.scratch), events.note)
     except HubUnreachable as error:
         raise ProgramError("network", f"the hub went out of reach while downloading: {error}") from error
 

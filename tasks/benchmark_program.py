@@ -54,40 +54,37 @@ def work(spec: Spec, events: Events) -> None:
     timings: dict[str, float] = {}
     clock = time.monotonic()
 
-    def note(text: str) -> None:
-        events.note(text)
-
     def lap(name: str) -> None:
         nonlocal clock
         now = time.monotonic()
         timings[name], clock = round(now - clock, 3), now
 
     template = _template(spec) if settings["apply_chat_template"] else None
-    note("loading libraries")
+    events.note("loading libraries")
     import datasets
 
     from tasks.benchmark_model import AskedModel, fast_tokenizer
     from tasks.benchmark_numbers import measures, require_finite, sample_lines
 
     lap("import")
-    note("reading the questions")
+    events.note("reading the questions")
     datasets.config.HF_DATASETS_CACHE = Path(spec.scratch) / "datasets"
     tasks = load_tasks(spec)
     lap("questions")
-    note("loading the model")
+    events.note("loading the model")
     model, tokenizer = load(spec), fast_tokenizer(tokenizer_folder(spec))
     lap("load")
     asking = AskedModel(model, tokenizer, spec.runtime["per_device_eval_batch_size"], template, _reporter(spec, events))
-    note("asking")
+    events.note("asking")
     asked = ask(asking, tasks, settings)
     require_finite(asked)
     if asking.without_system:
-        note("the chat template takes no system message: the task's description is left out, as lm-eval does")
+        events.note("the chat template takes no system message: the task's description is left out, as lm-eval does")
     shots = settings["num_fewshot"]
     if shots is not None and set(asked.results["n-shot"].values()) != {shots}:
-        note(f"num_fewshot {shots} has no effect: lm-eval's task fixes how many examples it shows")
+        events.note(f"num_fewshot {shots} has no effect: lm-eval's task fixes how many examples it shows")
     lap("asked")
-    found = measures(asked, settings, note)
+    found = measures(asked, settings, events.note)
     if not found:
         name = settings["benchmark"]
         raise ProgramError("bad_setting", f"{name} has no number that can be kept. Name one of its tasks instead.")

@@ -84,7 +84,8 @@ def make_on_dask(
 def _asked(client: Any, shared: Any, chunk: Chunk, cache: ChunkCache) -> tuple[Any, Path]:
     target = cache.target(chunk.key)
     loaded = chunk.loaded()
-    future = client.submit(make_there, shared, loaded.task, loaded.payload, str(target), key=f"chunk-{chunk.key}")
+    # by its place: two homes may use one cluster
+    future = client.submit(make_there, shared, loaded.task, loaded.payload, str(target), key=f"chunk-{target}")
     return future, target
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from registry.errors import InputError, Problem, did_you_mean
 from registry.home import Home
-from tasks.artifacts import REPORT, Artifact, remove_folder
+from tasks.artifacts import BASE_RECORD, REPORT, Artifact, remove_folder
 from tasks.digests import sha256_file, sync
 from tasks.locks import try_lock
 from tasks.tensor_files import (
@@ -36,8 +36,7 @@ from tasks.tensor_files import (
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "{stem}.safetensors.index.json"
-OWN_FILES = ("train.json", "merge.json", "base.json")  # what the steps write down for each other; the card says it
-BASE_RECORD = "base.json"  # stays beside an adapter: it says which weights that belongs to
+OWN_FILES = ("train.json", "merge.json", BASE_RECORD)  # what the steps write down for each other; the card says it
 DTYPES = tuple(CODES)
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT_SHARD_SIZE = "5GB"
@@ -238,7 +237,7 @@ def _write(wanted: Exported, folder: Path, files: dict[str, list[Tensor]], weigh
 
 
 def goes_out(name: str, files: Container[str]) -> bool:
-    """Whether an export has this one of an artifact's files."""
+    """Whether an export has this one of an artifact's files; an adapter has to say which weights it belongs to."""
     return name not in OWN_FILES or (name == BASE_RECORD and ADAPTER_CONFIG in files)
 
 

@@ -61,9 +61,8 @@ def work(spec: Spec, events: Events) -> None:
         numbers["no_effect"] = True
         events.note("adapter has no effect: base and base + adapter have equal logits")
     elif difference > effect / 2:
-        events.emit(
-            "note",
-            text=f"rounding to {dtype} moves the logits by {difference:.3g}, the adapter by {effect:.3g}: "
+        events.note(
+            f"rounding to {dtype} moves the logits by {difference:.3g}, the adapter by {effect:.3g}: "
             "much of what was learnt is lost in the merged weights; use base + adapter, or a float32 base",
         )
     allowed = tolerance(dtype, float(wanted.abs().max()))

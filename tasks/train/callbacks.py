@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tasks.artifacts import BASE_RECORD
 from tasks.digests import sync
 from tasks.program import Events, ProgramError
 from tasks.train.checkpoints import mark_whole, rotate
 from tasks.train.given import LINES
-from tasks.train.lora import BASE_RECORD
 from tasks.train.measure import StepSpeed, peak_bytes, peak_gib
 from tasks.train.trainer import TokenTrainer
 from tasks.training_estimate import MEASURED

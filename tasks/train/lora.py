@@ -19,11 +19,11 @@ from torch import nn
 from registry.errors import did_you_mean
 from registry.lora_targets import DEFAULT_TARGETS
 from registry.method_records import EMBEDDINGS
+from tasks.artifacts import BASE_RECORD
 from tasks.program import ProgramError
 from tasks.train.reference import ADAPTER, REFERENCE_ADAPTER, keep_adapter
 from tasks.train.reward import SCORE_HEAD
 
-BASE_RECORD = "base.json"  # beside every adapter and model: the digest of the base weights it was made on
 Note = Callable[[str], None]
 ALL, DEFAULT = "all", "default"
 PISSA: Any = (

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from tasks.artifacts import BASE_RECORD
 from tasks.program import ProgramError
 from tasks.train.callbacks import EVAL_LOSS, best_line
 from tasks.train.checkpoints import saved_shapes
 from tasks.train.freezing import trained_parameters
-from tasks.train.lora import BASE_RECORD, adapter_state
+from tasks.train.lora import adapter_state
 from tasks.train.reference import ADAPTER
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -14,11 +14,12 @@ import torch
 
 from registry.errors import InputError
 from registry.optimizers import TORCH
+from tasks.artifacts import BASE_RECORD
 from tasks.program import ProgramError
 from tasks.train.adapters import require_equal, require_tensors
 from tasks.train.checkpoints import required_files
 from tasks.train.given import ADAPTER, ONLY_WEIGHTS, nothing_left, read_step
-from tasks.train.lora import BASE_RECORD, check_base
+from tasks.train.lora import check_base
 from tasks.train.reference import ADAPTER as NAME
 from tasks.train.reference import unwrapped
 

@@ -23,7 +23,7 @@ from tasks.dask_chunks import difference, made_with
 from tasks.launch import ProgramFailed
 from tasks.locks import Interrupted
 from tasks.workers import FEW_CHUNKS, make_chunks
-from tests.tasks.test_workers import ECHO, chunk, number_in, wait_for
+from tests.tasks.test_workers import ECHO, AtTheFirst, chunk, number_in, wait_for
 
 pytestmark = pytest.mark.slow
 HERE = {"host": "127.0.0.1", "dashboard_address": None}
@@ -85,17 +85,11 @@ def test_a_worker_that_dies_costs_its_chunk_which_another_makes(
 
 
 def test_a_stop_ends_the_work_within_two_seconds(cluster: LocalCluster, cache: ChunkCache) -> None:
-    stop, asked = threading.Event(), [0.0]
-
-    def stop_soon(_: Made) -> None:
-        if not stop.is_set():
-            asked[0] = time.monotonic()
-            stop.set()
-
+    stopper = AtTheFirst()
     given = [chunk(number, seconds=0.2) for number in range(60)]
     with pytest.raises(Interrupted):
-        make(cluster, given, cache, on_made=stop_soon, stop=stop)
-    assert time.monotonic() - asked[0] < 2.0
+        make(cluster, given, cache, on_made=stopper, stop=stopper.stop)
+    assert stopper.seconds() < 2.0
     time.sleep(1.0)
     with Client(cluster.scheduler_address, set_as_default=False) as client:
         assert not any(client.processing().values()), "what was asked for and not begun is taken back"

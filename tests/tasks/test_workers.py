@@ -55,6 +55,21 @@ def number_in(path: Path) -> int:
     return int(path.read_text() or 0) if path.exists() else 0
 
 
+class AtTheFirst:
+    """Sets a stop as soon as it is told of a chunk; knows when that was."""
+
+    def __init__(self) -> None:
+        self.stop, self.asked = threading.Event(), 0.0
+
+    def __call__(self, _: Made) -> None:
+        if not self.stop.is_set():
+            self.asked = time.monotonic()
+            self.stop.set()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.asked
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_chunks_come_in_order_and_are_the_same_whoever_makes_them(cache: ChunkCache, workers: int) -> None:
     slow_first = [chunk(number, seconds=0.1 if number == 0 else 0) for number in range(12)]
@@ -138,17 +153,11 @@ def test_a_worker_killed_at_a_chunk_fails_the_step_and_the_next_call_works(cache
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_stop_ends_the_work_within_two_seconds_and_keeps_what_is_made(cache: ChunkCache, workers: int) -> None:
-    stop, asked = threading.Event(), [0.0]
-
-    def stop_soon(_: Made) -> None:
-        if not stop.is_set():
-            asked[0] = time.monotonic()
-            stop.set()
-
+    stopper = AtTheFirst()
     given = [chunk(number, seconds=0.2) for number in range(60)]
     with pytest.raises(Interrupted):
-        make(given, cache, workers, on_made=stop_soon, stop=stop)
-    assert time.monotonic() - asked[0] < 2.0
+        make(given, cache, workers, on_made=stopper, stop=stopper.stop)
+    assert stopper.seconds() < 2.0
     kept = [each for each in given if cache.find(each.key)]
     assert 1 <= len(kept) <= 1 + 2 * workers
     made = make(given[: len(kept) + 2], cache, workers)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from tasks.artifacts import BASE_RECORD
 from tasks.program import Events, ProgramError, Spec
 from tasks.train.callbacks import COUNTED, StepLines, logged
 from tasks.train.checkpoints import mark_whole, remove_damaged, rotate
 from tasks.train.given import LINES
-from tasks.train.lora import BASE_RECORD
 from tasks.train.measure import peak_bytes, peak_gib
 from tasks.train.online.curve import draw_scores
 from tasks.train.online.experience import Experience
