@@ -141,7 +141,7 @@ def pipeline(
         end_without_traceback()
     pages = Pages(session.view.say)
     PAGES.set(pages)
-    with stopping(session.stop, session.view.say):
+    with stopping(session.stop, session.view.say), session.timed():
         try:
             _run(session)
         finally:

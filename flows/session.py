@@ -120,11 +120,39 @@ class Session:
         self.view.ended(step, outcome)
         return outcome
 
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Within the body, the run is stopped when the recipe's time for it is over."""
+        minutes = self.pipeline.recipe.run.timeout_minutes
+        if minutes is None:
+            yield
+            return
+        timer = threading.Timer(minutes * 60, self._time_out, [minutes])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _time_out(self, minutes: float) -> None:
+        if self.stop.is_set():
+            return
+        text = f"the run took more than its {minutes:g} minutes (timeout_minutes) and was stopped"
+        self.failed["run"] = TimeoutError(f"{text}; what is finished and the last checkpoint are kept")
+        self.stop.set()
+        self.view.say(text)
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it was stopped because its time was over."""
+        return "run" in self.failed
+
     def status(self) -> str:
         """`completed`, `failed` or `cancelled`."""
         if len(self.outcomes) == len(self.pipeline.steps):
             return "completed"
-        return "cancelled" if self.stop.is_set() else "failed"
+        return "cancelled" if self.stop.is_set() and not self.timed_out else "failed"
 
     def errors(self) -> dict[str, BaseException]:
         """Step → what went wrong in it, interruptions aside; the first one first."""
@@ -153,7 +181,7 @@ class Session:
         """For each step that failed one line that names it and the steps that did not run because of it."""
         waiting = self.not_run()
         lines = []
-        for title in self.errors():
+        for title in (title for title in self.errors() if title in self.by_title):
             behind = [other for other, causes in waiting.items() if title in causes]
             lines.append(f"{title} failed" + (f"; not run because of it: {', '.join(behind)}" if behind else ""))
         return lines
@@ -181,6 +209,8 @@ class Session:
     def finish(self) -> str:
         """Close the record and the MLflow tree; the status."""
         status = self.status()
+        if status == "completed":
+            self.failed.pop("run", None)  # its time was over when nothing was left to do
         self.boards.close()
         self.tree.end({"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[status], self.results())
         ending: dict[str, Any] = {"steps": self.steps_json(), "results": self.results(), "error": self.error_text()}

@@ -130,6 +130,8 @@ def plan_of(pipeline: Pipeline, home: Home) -> list[PlannedStep]:
 
 def _failed(study: Study, trial: Trial, session: Session, outcome: Mapping[str, Any], teller: Teller) -> str | None:
     """A trial that did not end well: for good, or it stays open and the sweep ends with why."""
+    if session.timed_out:
+        session.stop.clear()  # this trial's time is over, not the sweep's
     errors, text = session.errors(), str(session.error_text())
     if "prefect" in errors or any(_kind(error) in NO_FAULT for error in errors.values()):
         return f"trial {trial.number} cannot go on now: {text}"

@@ -6,7 +6,7 @@ One decision: top-level settings are the defaults of every stage; a file without
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from registry.evaluation_rules import generation_problems
 from registry.gates import condition
 from registry.old_configs import as_recipe, translate
 from registry.recipe_paths import absolute_paths
+from registry.records import RunSettings
 from registry.stage_settings import NAME, READING, RECIPE_KEYS, StageSettings, collect, read_record, read_stage
 
 COMPARED = ("base", "none")
@@ -51,6 +52,7 @@ class Recipe:
     """Those of `evaluation`, found."""
     evaluates: Evaluated | None = None
     """The model that is measured, of a recipe that trains nothing."""
+    run: RunSettings = field(default_factory=RunSettings)
 
 
 def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
@@ -78,7 +80,7 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
     if flat:
         rule, cure = "is not a mapping of settings", "E.g. {stage: sft, dataset: rows.jsonl}"
         raise InputError([Problem(f"stages.{key}", f"{shown(written[key])} {rule}", cure) for key in flat], title)
-    name = _name(raw.get("name", Path(title).stem), problems)
+    name, run = _name(raw.get("name", Path(title).stem), problems), _run(raw, problems)
     evaluation, benchmarks = _evaluation(raw, problems)
     stages, unused = {}, list[dict[str, Problem]]()
     for stage_name, own in written.items():
@@ -99,7 +101,8 @@ def build_recipe(raw: Any, folder: Path, title: str) -> Recipe:
     if problems:
         raise InputError(_each_once(problems), title)
     assert evaluation is not None
-    return Recipe(name, tuple(ordered), evaluation, raw, tuple(dict.fromkeys(notes)), benchmarks)
+    assert run is not None
+    return Recipe(name, tuple(ordered), evaluation, raw, tuple(dict.fromkeys(notes)), benchmarks, run=run)
 
 
 def _evaluation(
@@ -146,6 +149,7 @@ def _evaluation_recipe(raw: Mapping[str, Any], title: str, notes: list[str], pro
     name, model = _name(raw.get("name", Path(title).stem), problems), raw["evaluate"]
     if not isinstance(model, str) or not model:
         problems.append(Problem("evaluate", f"{shown(model)} is no model", "Name one, as `llamatuner evaluate` does."))
+    run = _run(raw, problems)
     evaluation, benchmarks = _evaluation(raw, problems)
     found = translate({key: value for key, value in raw.items() if key not in RECIPE_KEYS}, lambda key: key)
     notes, problems, settings = notes + found.notes(lambda key: key), problems + found.problems, found.settings
@@ -162,8 +166,15 @@ def _evaluation_recipe(raw: Mapping[str, Any], title: str, notes: list[str], pro
         raise InputError(_each_once(problems), title)
     assert evaluation is not None
     assert stage is not None
+    assert run is not None
     evaluated = Evaluated(model, stage, frozenset(kept))
-    return Recipe(name, (), evaluation, raw, tuple(dict.fromkeys(notes)), benchmarks, evaluated)
+    return Recipe(name, (), evaluation, raw, tuple(dict.fromkeys(notes)), benchmarks, evaluated, run)
+
+
+def _run(raw: Mapping[str, Any], problems: list[Problem]) -> RunSettings | None:
+    written = {key: raw[key] for key in RunSettings.model_fields if key in raw}
+    found: RunSettings | None = read_record(RunSettings, written, lambda key: key, problems)
+    return found
 
 
 def _inherited(defaults: Mapping[str, Any], own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:

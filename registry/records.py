@@ -255,3 +255,11 @@ class RuntimeSettings(Record):
     same weights to the bit."""
     per_device_eval_batch_size: Steps = 8
     """Sequences per forward pass when evaluating; results do not depend on it."""
+
+
+class RunSettings(Record):
+    """What a run as a whole may do. Never part of a key."""
+
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Longest that a run may take, waiting for devices and for other runs included. Then it is stopped and has failed;
+    finished steps and the last checkpoint are kept, and the next run goes on there."""

@@ -16,6 +16,7 @@ from registry.evaluation_records import EvaluationSettings
 from registry.loading import find_recipe
 from registry.optimizers import OPTIMIZERS
 from registry.record import Record, list_of_one
+from registry.records import RunSettings
 from registry.stage_settings import FIELDS, RECIPE_KEYS
 from registry.stages import METHODS, STAGES
 
@@ -48,6 +49,7 @@ def recipe_form(name: str) -> Form:
     }
     fields = {key: _setting(key, {}, above) for key in _keys(above, ABOVE, {})}
     fields["stages"] = _object("The stages of the recipe, and what each has of its own.", stages)
+    fields |= {key: _of_record(RunSettings, key, {}, raw) for key in RunSettings.model_fields}
     fields["evaluation"] = _evaluation(raw.get("evaluation", {}))
     return _object(f"Settings of the recipe {name}. What is left empty stays as the recipe has it.", fields)
 
@@ -57,6 +59,7 @@ def stage_form() -> Form:
     words = "A recipe of one stage, in place of a named one; with a named one, settings above its stages."
     name = {"type": "string", "description": "Name of the recipe, under which its runs and its model are found."}
     fields: Form = {"name": name} | {key: _setting(key, {}, {}) for key in ("stage", *ABOVE, *COMMON)}
+    fields |= {key: _of_record(RunSettings, key, {}, {}) for key in RunSettings.model_fields}
     return _object(words, fields | {"evaluation": _evaluation({})})
 
 

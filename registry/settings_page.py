@@ -14,7 +14,7 @@ from registry.cluster_records import KubernetesSettings
 from registry.combinations import NEEDS, REFUSALS, SET, UNSET
 from registry.evaluation_records import EvaluationSettings
 from registry.record import Record
-from registry.records import DataSettings, ModelSettings, RuntimeSettings, TrainSettings
+from registry.records import DataSettings, ModelSettings, RunSettings, RuntimeSettings, TrainSettings
 from registry.stage_settings import ALIASES
 from registry.stages import METHODS, STAGES
 from registry.sweep_records import RangeSettings, SweepSettings
@@ -24,6 +24,7 @@ SECTIONS: tuple[tuple[str, type[Record]], ...] = (
     ("Data", DataSettings),
     ("Training", TrainSettings),
     ("What changes no result", RuntimeSettings),
+    ("The run as a whole, above all stages", RunSettings),
     ("`kubernetes`", KubernetesSettings),
     ("`evaluation`", EvaluationSettings),
     ("A sweep, a file of its own (see sweeps.md)", SweepSettings),

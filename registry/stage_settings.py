@@ -29,6 +29,7 @@ from registry.records import (
     InlineDataset,
     ModelSettings,
     Record,
+    RunSettings,
     RuntimeSettings,
     TrainSettings,
 )
@@ -38,7 +39,7 @@ from registry.templates import template_text
 
 RECORDS: tuple[type[Record], ...] = (ModelSettings, DataSettings, TrainSettings, RuntimeSettings)
 FIELDS: dict[str, type[Record]] = {name: record for record in RECORDS for name in record.model_fields}
-RECIPE_KEYS = ("name", "stages", "evaluation", "evaluate")
+RECIPE_KEYS = ("name", "stages", "evaluation", "evaluate", *RunSettings.model_fields)
 ALIASES = {
     "eval_dataset_size": "val_size",
     "model_max_length": "cutoff_len",
@@ -110,7 +111,9 @@ def read_stage(
 ) -> tuple[StageSettings | None, list[Problem]]:
     """A stage, where it is valid; and what is written in it, or above it, without effect."""
     for key in settings:
-        if key not in FIELDS:
+        if key in RECIPE_KEYS:
+            problems.append(Problem(where(key), "is of the recipe, not of a stage", f"Write {key} above the stages."))
+        elif key not in FIELDS:
             problems.append(Problem(where(key), "unknown key", did_you_mean(str(key), [*FIELDS, *RECIPE_KEYS])))
     if not NAME.fullmatch(name):
         problems.append(Problem(f"stages.{name}", "not a stage name", "Letters, digits, dot, dash, underscore."))

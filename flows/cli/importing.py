@@ -16,6 +16,7 @@ from registry.loading import find_recipe
 from registry.old_configs import Translated, as_recipe, translate
 from registry.recipe import build_recipe
 from registry.recipe_paths import absolute_paths
+from registry.records import RunSettings
 from registry.stage_settings import RECIPE_KEYS
 
 
@@ -65,6 +66,7 @@ def recipe_text(raw: Mapping[str, Any], title: str) -> str:
     top = {key: value for key, value in whole.items() if key not in RECIPE_KEYS}
     lines += _yaml({"name": whole["name"]})
     lines += _yaml({"evaluate": whole["evaluate"]}) if "evaluate" in whole else []
+    lines += _yaml({key: whole[key] for key in RunSettings.model_fields if key in whole})
     lines += _section(translate(top, lambda key: key), "")
     stages = whole.get("stages", {})
     lines += ["stages:"] if stages else []

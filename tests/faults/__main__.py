@@ -10,7 +10,8 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,38 +38,45 @@ def main(wanted: list[str]) -> int:
         kind: [cell for cell in cells(events) if _is_wanted({*cell, kind}, set(wanted))]
         for kind, events in (("alone", ALONE), ("served", SERVED))
     }
-    print(HEAD, flush=True)
-    found: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
-        grounds: dict[int, Ground] = {}
-
-        def ground(ranks: int) -> Ground:
-            if ranks not in grounds:
-                grounds[ranks] = undisturbed(Path(folder) / f"ground{ranks}", ranks)
-            return grounds[ranks]
-
-        for place, event in chosen["alone"]:
-            home = Path(folder) / "home"
-            _told(found, alone(ground(2 if event == "SIGKILL rank" else 1), place, event, home))
-            shutil.rmtree(home)
-        if chosen["served"]:
-            with _servers(ground(1), Path(folder) / "served") as home:
-                for place, event in chosen["served"]:
-                    _told(found, served(ground(1), place, event, home))
+        found = _all(chosen, Path(folder))
     bad = sum(bool(cell.faults) for cell in found)
     print(f"{len(found)} faults, {len(found) - bad} good, {bad} not")
     return 1 if bad else 0
+
+
+def _all(chosen: Mapping[str, list[tuple[str, str]]], folder: Path) -> list[Cell]:
+    """Every fault; those of runs with servers beside those of runs without, each kind one after the other."""
+    found: list[Cell] = []
+    ranks = {2 if event == "SIGKILL rank" else 1 for each in chosen.values() for _, event in each}
+    grounds = {count: undisturbed(folder / f"ground{count}", count) for count in sorted(ranks)}
+
+    def told(cell: Cell) -> None:
+        found.append(cell)
+        print(f"{cell.line()}\n", end="", flush=True)
+
+    def all_alone() -> None:
+        for place, event in chosen["alone"]:
+            told(alone(grounds[2 if event == "SIGKILL rank" else 1], place, event, folder / "home"))
+            shutil.rmtree(folder / "home")
+
+    def all_served() -> None:
+        if chosen["served"]:
+            with _servers(grounds[1], folder / "served") as home:
+                for place, event in chosen["served"]:
+                    told(served(grounds[1], place, event, home))
+
+    print(HEAD, flush=True)
+    with ThreadPoolExecutor() as pool:
+        for kind in [pool.submit(all_alone), pool.submit(all_served)]:
+            kind.result()
+    return found
 
 
 def _is_wanted(cell: set[str], wanted: set[str]) -> bool:
     """Whether a cell has one of the places, one of the events and one of the kinds that are wanted, where some are."""
     groups = (set(PLACES), {*ALONE, *SERVED}, set(KINDS))
     return all(cell & group & wanted or not group & wanted for group in groups)
-
-
-def _told(found: list[Cell], cell: Cell) -> None:
-    found.append(cell)
-    print(cell.line(), flush=True)
 
 
 @contextmanager

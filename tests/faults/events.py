@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from tasks.servers import MLFLOW, PREFECT, WORKER, read_servers
 from tests.flows.processes import kill
 
 HUNG_SECONDS = 60.0
+START_SECONDS = 20.0
+POLL_SECONDS = 0.002
 
 
 def processes(home: Path) -> list[psutil.Process]:
@@ -34,6 +37,10 @@ def processes(home: Path) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+class Missed(Exception):
+    """The run had ended, or passed the place, before the fault came."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,20 @@ class Scene:
         own = {each.pid for server in servers for each in (server, *server.children(recursive=True))}
         return [each for each in below if each.pid not in own]
 
+    def at_work(self) -> list[psutil.Process]:
+        """The same, when there are some: they start a moment after their step.
+
+        Raises:
+            Missed: the step was over before.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        own = self.flow.cmdline()  # of a child that is not what it was started as yet; stopped then, it holds the flow
+        while not (found := [each for each in self.programs() if each.cmdline() not in ([], own)]):
+            if time.monotonic() > deadline:
+                raise Missed("nothing works for the step")
+            time.sleep(POLL_SECONDS)
+        return found
+
 
 Undo = Callable[[], None]
 
@@ -69,7 +90,7 @@ def kill_flow(scene: Scene) -> Undo:
 
 def kill_program(scene: Scene) -> Undo:
     """SIGKILL of what does the step."""
-    kill(scene.programs()[:1])
+    kill(scene.at_work()[:1])
     return nothing
 
 
@@ -106,6 +127,13 @@ def restart_machine(scene: Scene) -> Undo:
     return nothing
 
 
+def hang(scene: Scene) -> Undo:
+    """What does the step does nothing any more; the run's time is over some seconds later."""
+    for process in scene.at_work():
+        process.suspend()
+    return nothing
+
+
 def _kill_server(name: str) -> Callable[[Scene], Undo]:
     def event(scene: Scene) -> Undo:
         server = psutil.Process(read_servers(Home(scene.home))[name].pid)
@@ -115,20 +143,24 @@ def _kill_server(name: str) -> Callable[[Scene], Undo]:
     return event
 
 
-def hang_mlflow(scene: Scene) -> Undo:
-    """MLflow's server answers nobody for a minute."""
-    server = psutil.Process(read_servers(Home(scene.home))[MLFLOW].pid)
-    family = [server, *server.children(recursive=True)]
-    for process in family:
-        process.suspend()
+def _hang_server(name: str) -> Callable[[Scene], Undo]:
+    """A server answers nobody for a minute."""
 
-    def go_on() -> None:
+    def event(scene: Scene) -> Undo:
+        server = psutil.Process(read_servers(Home(scene.home))[name].pid)
+        family = [server, *server.children(recursive=True)]
         for process in family:
-            process.resume()
+            process.suspend()
 
-    timer = threading.Timer(HUNG_SECONDS, go_on)
-    timer.start()
-    return timer.join
+        def go_on() -> None:
+            for process in family:
+                process.resume()
+
+        timer = threading.Timer(HUNG_SECONDS, go_on)
+        timer.start()
+        return timer.join
+
+    return event
 
 
 def cancel(scene: Scene) -> Undo:
@@ -146,6 +178,7 @@ ALONE: dict[str, tuple[Callable[[Scene], Undo], tuple[str, ...]]] = {
     "SIGKILL rank": (kill_rank, ("completed",)),
     "SIGTERM": (terminate, ("cancelled",)),
     "Ctrl-C": (interrupt, ("cancelled",)),
+    "timeout": (hang, ("failed",)),
     "disk full": (fill_disk, ("failed", "crashed")),  # where not even the record's end could be written
     "restart": (restart_machine, ("crashed",)),
 }
@@ -154,7 +187,8 @@ SERVED: dict[str, tuple[Callable[[Scene], Undo], tuple[str, ...]]] = {
     "SIGKILL worker": (_kill_server(WORKER), ("completed", "crashed", "cancelled")),
     "SIGKILL Prefect": (_kill_server(PREFECT), ("completed", "crashed", "failed")),
     "SIGKILL MLflow": (_kill_server(MLFLOW), ("completed",)),
-    "MLflow hangs": (hang_mlflow, ("completed",)),
+    "Prefect hangs": (_hang_server(PREFECT), ("completed",)),
+    "MLflow hangs": (_hang_server(MLFLOW), ("completed",)),
     "cancel": (cancel, ("cancelled",)),
     "restart all": (restart_machine, ("crashed",)),
 }

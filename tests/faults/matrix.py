@@ -13,15 +13,15 @@ from pathlib import Path
 import psutil
 
 from flows.reconcile import HEARD_SECONDS
-from tests.faults.events import ALONE, SERVED, Scene, fill_disk, processes
+from tests.faults.events import ALONE, POLL_SECONDS, SERVED, Missed, Scene, fill_disk, hang, processes
 from tests.faults.ground import PLACES, Ground, Place, digests, lacking
 from tests.flows.processes import copy_home, kill, record_states, require_nothing_open
 from tests.flows.toy import LONGEST, run, start
 
 ATTEMPTS = 3  # to meet a place that is over within milliseconds
-POLL_SECONDS = 0.002
 ORPHAN_SECONDS = 20.0
 DISK = "300m"
+TIMEOUT_MINUTES = 1
 
 
 @dataclass
@@ -48,16 +48,13 @@ HEAD = f"{'place':<9} {'event':<16} {'run':<10} {'next run (kept)':<22} no orpha
 
 def cells(events: dict[str, object]) -> list[tuple[str, str]]:
     """(place, event) of all that can happen."""
+    in_programs, of_ranks = ("SIGKILL program", "timeout"), ("SIGKILL rank",)
     return [
         (place.name, event)
         for place in PLACES.values()
         for event in events
-        if (event != "SIGKILL program" or place.has_programs) and (event != "SIGKILL rank" or place.name == "train")
+        if (place.has_programs or event not in in_programs) and (place.name == "train" or event not in of_ranks)
     ]
-
-
-class Missed(Exception):
-    """The run had ended, or passed the place, before the fault came."""
 
 
 def _wait(place: Place, home: Path, command: subprocess.Popen[str]) -> None:
@@ -86,21 +83,23 @@ def _meet(
     word: str,
     event: Callable[[Scene], Callable[[], None]],
     flow: Callable[[subprocess.Popen[str]], int],
+    *options: str,
 ) -> Met | None:
     """Start a run with the command `word`, and let the event happen at the place; None if none of some runs met it.
 
     Args:
         flow: the process of the run that the command began.
+        options: of the command.
     """
     for _ in range(ATTEMPTS):
         lacking(home, place)
-        command = start(word, str(ground.recipe), "--json", LLAMATUNER_HOME=str(home))
+        command = start(word, str(ground.recipe), "--json", *options, LLAMATUNER_HOME=str(home))
         try:
             _wait(place, home, command)
             scene = Scene(home, command, psutil.Process(flow(command)))
             programs = scene.programs()
             return Met(command, scene, programs, event(scene))
-        except (Missed, psutil.NoSuchProcess, IndexError):
+        except (Missed, psutil.NoSuchProcess):
             command.communicate(timeout=LONGEST)
     return None
 
@@ -117,7 +116,8 @@ def alone(ground: Ground, place_name: str, event_name: str, home: Path) -> Cell:
     with _disk(home) if event is fill_disk else _folder(home):
         copy_home(ground.home, home)
         before = len(record_states(home))
-        met = _meet(ground, place, home, "run", event, lambda command: command.pid)
+        limit = ("--set", f"timeout_minutes={TIMEOUT_MINUTES}") if event is hang else ()
+        met = _meet(ground, place, home, "run", event, lambda command: command.pid, *limit)
         if met is None:
             cell.faults.append("never met")
             return cell

@@ -63,3 +63,26 @@ def test_what_fails_first_stops_every_stage_behind_it(session: Session) -> None:
 def test_a_run_that_was_stopped_has_failed_in_nothing(session: Session) -> None:
     session.failed["sft/train"] = Interrupted()
     assert (session.error_text(), session.failures(), session.not_run()) == (None, [], {})
+
+
+def test_a_run_whose_time_is_over_has_failed_and_says_so(home: Path) -> None:
+    opened, said = Home.open(), list[str]()
+    recipe = load_recipe("sft_dpo", ["timeout_minutes=0.001"])
+    session = Session(build(recipe, opened), opened, LogView(said.append))
+    with session.timed():
+        assert session.stop.wait(60)
+    text = "the run took more than its 0.001 minutes (timeout_minutes) and was stopped"
+    assert said == [text]
+    assert session.finish() == "failed"
+    assert session.record.values["error"] == f"{text}; what is finished and the last checkpoint are kept"
+
+
+def test_a_run_without_a_limit_and_one_that_ends_before_it_are_not_stopped(home: Path) -> None:
+    opened = Home.open()
+    for limit in ([], ["timeout_minutes=60"]):
+        session = Session(build(load_recipe("sft_dpo", limit), opened), opened, LogView(lambda line: None))
+        with session.timed():
+            pass
+        assert not session.timed_out
+        session.stop.set()
+        assert session.finish() == "cancelled"

@@ -59,6 +59,16 @@ def test_all_errors_of_a_recipe_come_at_once_each_with_its_place(data: Path) -> 
     assert "stages.sft.finetuning_type: 'lorra' is not a known finetuning_type. Did you mean lora?" in text
 
 
+def test_what_is_of_the_whole_recipe_is_read_above_its_stages_only(data: Path) -> None:
+    raw = recipe(data) | {"timeout_minutes": 90}
+    assert load_recipe(raw).run.timeout_minutes == 90
+    for wrong in (0, -1, "long"):
+        assert "timeout_minutes: " in problems(raw | {"timeout_minutes": wrong})
+    text = problems(recipe(data, timeout_minutes=90, name="x"))
+    assert "stages.sft.timeout_minutes: is of the recipe, not of a stage. Write timeout_minutes above" in text
+    assert "stages.sft.name: is of the recipe, not of a stage" in text
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("seed", 1.5), ("bf16", "yes"), ("learning_rate", "fast"), ("lora_rank", True), ("packing", 1), ("dataset", 3)],
