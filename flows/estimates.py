@@ -10,6 +10,7 @@ from tasks.artifacts import Artifact
 from tasks.devices import cuda_devices
 from tasks.estimate import GIB
 from tasks.steps import LocalFolder, Step
+from tasks.train.given import REWARD_MODEL
 from tasks.training_estimate import Estimate, estimate_step
 
 if TYPE_CHECKING:
@@ -24,13 +25,15 @@ def estimate_planned(step: Step, made: Mapping[int, Artifact]) -> Estimate:
         made: id of a step → its artifact, of those that are done.
     """
     shards = step.inputs["shards"].source
-    return estimate_step(step, _model_folder(step, made), made[id(shards)].path if id(shards) in made else None)
+    reward = _model_folder(step, made, REWARD_MODEL) if REWARD_MODEL in step.inputs else None
+    there = made[id(shards)].path if id(shards) in made else None
+    return estimate_step(step, _model_folder(step, made), there, reward)
 
 
-def _model_folder(step: Step, made: Mapping[int, Artifact]) -> Path | None:
-    """Where the base of a step lies; of a base that is still to be trained or merged, the one it is made of, whose
-    shapes it has."""
-    source = step.inputs["base"].source
+def _model_folder(step: Step, made: Mapping[int, Artifact], name: str = "base") -> Path | None:
+    """Where a model that is an input of a step lies; of one that is still to be trained or merged, the one it is made
+    of, whose shapes it has."""
+    source = step.inputs[name].source
     if isinstance(source, LocalFolder):
         return source.path
     if id(source) in made:

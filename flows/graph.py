@@ -26,8 +26,8 @@ from tasks.nodes import nodes_of_environment
 from tasks.render import render_step
 from tasks.shards import tokenize_step
 from tasks.steps import DATA_STEPS, Input, LocalFolder, Step, require_folder, upstream
-from tasks.train.given import STATE_FILES, WEIGHT_FILES, require_checkpoint
-from tasks.training import REWARD_ADAPTER, REWARD_MODEL, merge_step, train_step
+from tasks.train.given import REWARD_ADAPTER, REWARD_MODEL, STATE_FILES, WEIGHT_FILES, require_checkpoint
+from tasks.training import merge_step, train_step
 from tasks.vocabulary import add_tokens_step
 
 BASE, LOCAL = "base", "local"

@@ -18,8 +18,8 @@ from tasks.digests import content_digest
 from tasks.export import goes_out
 from tasks.fetch import KEPT_BACK, ROWS
 from tasks.measurements import KINDS, RESULTS, stored_results
-from tasks.train.given import GIVEN, GIVEN_WEIGHTS
-from tasks.training import BASE_FILES, MODEL_STEPS, REWARD_ADAPTER, REWARD_FILES, REWARD_MODEL, SHARD_FILES
+from tasks.train.given import GIVEN, GIVEN_WEIGHTS, REWARD_ADAPTER, REWARD_MODEL
+from tasks.training import BASE_FILES, MODEL_STEPS, REWARD_FILES, SHARD_FILES
 
 MODEL_INPUTS = ("model", "adapter", GIVEN, GIVEN_WEIGHTS, "base", "reference", REWARD_MODEL, REWARD_ADAPTER)
 TEXT_STEPS = ("render", "tokenize")  # their base is its tokenizer alone

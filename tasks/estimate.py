@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from registry.combinations import WITH_REFERENCE
+from registry.combinations import ONLINE, WITH_REFERENCE
 from registry.deepspeed import zero_stage
 from registry.optimizers import OPTIMIZERS
 from tasks.architecture import SCORE, Architecture, layer_of, wrapped
@@ -23,7 +23,7 @@ from tasks.architecture import SCORE, Architecture, layer_of, wrapped
 GIB = 2**30
 SINGLE, HALF = 4, 2  # bytes of a float32 and of a bfloat16 number
 BLOCK = 64  # weights with one scale of their own in 4 bits (QLoRA, arXiv:2305.14314); 256 scales with one of theirs
-HOLES = {"lora": 0.93, "full": 0.45}  # measured with glibc 2.36, share of what the layers keep
+HOLES = {"lora": 0.93, "full": 0.45, "drawing": 0.46}  # measured with glibc 2.36, share of what the layers keep
 FIRST_USE = 0.055 * GIB  # measured: what libraries load and set up at their first product
 
 
@@ -52,7 +52,7 @@ class Memory:
     activations: float
     """What the backward pass needs, and logits."""
     overhead: float
-    """On CPU only: what the process holds beside, see `_overhead`."""
+    """On CPU only: what the process holds beside, see `overhead`."""
     total: float
     """At the worst moment; gradients come as activations go, so it can be less than the sum."""
 
@@ -127,14 +127,15 @@ def estimate_memory(
     """
     model = model.for_scores() if settings["stage"] == "rm" else model
     trained = trained_weights(model, settings)
-    count, parts = sum(trained.values()), _shares(settings)
-    weights = (_weights(model, settings, trained) * parts.weights) + _reference(model, settings, other_reference)
+    count, parts = sum(trained.values()), device_shares(settings)
+    weights = model_weights(model, settings, trained) * parts.weights
+    weights += reference_weights(model, settings, other_reference)
     gradients = count * parts.gradient_bytes * parts.gradients
     optimizer = count * (OPTIMIZERS[settings["optim"]].state_bytes + parts.master_bytes) * parts.optimizer
     kept, passing = kept_and_passing(model, settings, batch, checkpointing)
     ends = _ends(model, trained) * parts.gradients
     waiting = gradients if accumulation > 1 or parts.resident else 0.0
-    holes, mapped = (0.0, 0.0) if cuda else _overhead(model, settings, batch)
+    holes, mapped = (0.0, 0.0) if cuda else overhead(model, settings, batch)
     # of a tied embedding there is one gradient as the head and one as itself, which are added up to a third
     sums = ((3 if waiting else 2) * ends) if model.tied else 0.0
     unused = kept - passing.head if waiting and not cuda else 0.0  # glibc does not give back what lies between others
@@ -150,7 +151,7 @@ def estimate_memory(
     return Memory(weights, gradients, optimizer, activations, holes + mapped, total)
 
 
-def _overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch) -> tuple[float, float]:
+def overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch) -> tuple[float, float]:
     """Bytes that a process on CPU holds beside what is used, and bytes of files that are mapped beside weights.
 
     glibc asks for aligned memory with some more around it, so what was freed between two kept values is too small for
@@ -158,7 +159,8 @@ def _overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch
     where activations are computed a second time. Weights that are used as they are in their files are not held twice;
     those that are converted are there beside their file for as long as it is open.
     """
-    holes = HOLES["lora" if settings["finetuning_type"] == "lora" else "full"]
+    method = "lora" if settings["finetuning_type"] == "lora" else "full"
+    holes = HOLES["drawing" if settings["stage"] in ONLINE else method]
     left = FIRST_USE + holes * _kept_by_layer(model, settings, batch) * _layers_passed(model, settings)
     held = HALF if settings["bf16"] and settings["finetuning_type"] != "full" else SINGLE
     as_stored = held == model.stored_bytes and "quant_bit" not in settings
@@ -178,7 +180,7 @@ class _Shares:
     """Gradients stay between steps."""
 
 
-def _shares(settings: dict[str, Any]) -> _Shares:
+def device_shares(settings: dict[str, Any]) -> _Shares:
     """How DistributedDataParallel, DeepSpeed (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1) or FSDP divide."""
     processes = settings["nproc_per_node"] * settings.get("nnodes", 1)
     if settings.get("fsdp"):
@@ -199,17 +201,17 @@ def _shares(settings: dict[str, Any]) -> _Shares:
     )
 
 
-def _weights(model: Architecture, settings: dict[str, Any], trained: dict[str, int]) -> float:
+def model_weights(model: Architecture, settings: dict[str, Any], trained: dict[str, int]) -> float:
     """Bytes of the model that is trained."""
     frozen = HALF if settings["bf16"] and settings["finetuning_type"] != "full" else SINGLE
     moving = HALF if settings["bf16"] and settings.get("deepspeed") else SINGLE
-    held = _held(model, settings, frozen, trained if settings["finetuning_type"] != "lora" else {})
+    held = frozen_weights(model, settings, frozen, trained if settings["finetuning_type"] != "lora" else {})
     copies = 2 if settings.get("pissa_init") else 1  # what the new matrices began as
     moved = sum(size * (copies if name.endswith(".lora") else 1) for name, size in trained.items())
     return held + moving * moved
 
 
-def _held(model: Architecture, settings: dict[str, Any], size: int, without: dict[str, int]) -> float:
+def frozen_weights(model: Architecture, settings: dict[str, Any], size: int, without: dict[str, int]) -> float:
     """Bytes of frozen weights; linear modules in fewer bits where the settings say so."""
     per_weight = float(size)
     if settings.get("quant_bit") == 4:
@@ -225,12 +227,12 @@ def _held(model: Architecture, settings: dict[str, Any], size: int, without: dic
     )
 
 
-def _reference(model: Architecture, settings: dict[str, Any], other: bool) -> float:
+def reference_weights(model: Architecture, settings: dict[str, Any], other: bool) -> float:
     """Bytes of a frozen second model; LoRA's reference is its own base without the matrices."""
     own = settings["finetuning_type"] == "lora" and not other
     if own or not has_reference(settings):
         return 0.0
-    return _held(model, settings, HALF if settings["bf16"] else SINGLE, {})
+    return frozen_weights(model, settings, HALF if settings["bf16"] else SINGLE, {})
 
 
 def has_reference(settings: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from tasks.packing import Sequences
 
 IGNORED = -100  # the label of a token that is not trained
 INDEX = "sequences.arrow"
+FEWEST = 8  # tokens in common that are worth a pass of their own
 ORIGINS = "origins.json"  # of each shard: numbers of the data set and of its file
 SHARD_FIELDS = [
     *(("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))),
@@ -42,6 +43,14 @@ INDEX_SCHEMA = pa.schema(
 def shard_schema(shape: str) -> pa.Schema:
     """The columns of a shard of rows of a shape."""
     return pa.schema([*SHARD_FIELDS, *mark_field(shape)])
+
+
+def common(rows: SequenceOf[tuple[int, ...]]) -> int:
+    """Tokens that all rows begin with; 0 where it is not worth a pass of its own."""
+    least, most = min(rows), max(rows)  # in the order of their tokens: what these two share, all do
+    pairs = enumerate(zip(least, most, strict=False))
+    found = next((at for at, (one, other) in pairs if one != other), min(len(least), len(most)))
+    return found if found >= FEWEST else 0
 
 
 class Sequence(NamedTuple):

@@ -19,13 +19,13 @@ from tasks.fetch import ROWS
 from tasks.launch import ProgramFailed
 from tasks.nodes import Nodes, nodes_of_environment, torchrun_is_forced
 from tasks.steps import RESUME_FILE, Input, Step, Work, behind
-from tasks.train.given import GIVEN, GIVEN_WEIGHTS
+from tasks.train.given import GIVEN, GIVEN_WEIGHTS, REWARD_MODEL
 
 TRAIN_VERSION = 2  # an adapter belongs to weights, not to all files beside them
+ONLINE_VERSION = 3  # what draws in bfloat16 rounds an adapter's multiple once
 MERGE_VERSION = 1  # first form
 PROGRAMS = dict.fromkeys(ONLINE, "tasks.train.online.program")
 """Stage → its program, where that is not the one that trains on given rows."""
-REWARD_MODEL, REWARD_ADAPTER = "reward_model", "reward_adapter"  # inputs of a step that draws answers
 REWARD_FILES = ("*.safetensors", "*.json")
 MODEL_STEPS = ("train", "merge", "add_tokens", "model")  # kinds of those that make a model
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "vocab*", "merges*", "tokenizer*")
@@ -89,7 +89,7 @@ def train_step(
     return Step(
         stage=settings.name,
         name="train",
-        version=TRAIN_VERSION,
+        version=ONLINE_VERSION if settings.train.stage in ONLINE else TRAIN_VERSION,
         label=label,
         identity={
             "train": _identity(settings),

@@ -15,12 +15,15 @@ from typing import Any
 import numpy
 
 from registry.combinations import ONLINE
-from tasks.architecture import Architecture, read_architecture
+from tasks.architecture import LIKE_LLAMA, Architecture, read_architecture
 from tasks.batch_plan import BatchPlan
 from tasks.devices import cuda_devices
 from tasks.estimate import GIB, LargestBatch, Memory, estimate_memory
-from tasks.sequences import IGNORED, TokenizedSequences
+from tasks.online_estimate import Judges, estimate_drawing
+from tasks.program import Spec
+from tasks.sequences import IGNORED, TokenizedSequences, common
 from tasks.steps import Ready, Step
+from tasks.train.given import REWARD_ADAPTER, REWARD_MODEL
 
 MEMORY_FILE = "report/memory.json"  # of a train artifact: what was estimated and what was measured
 MEASURED = (
@@ -47,8 +50,6 @@ class Estimate:
     """The rows are not known yet: every one is taken to be as long as may be, and trained whole."""
     processes: int
     """Devices that train; on CPU, processes that share the memory of the machine."""
-    drawing: bool = False
-    """Answers are drawn, whose memory is not estimated."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; sizes in GiB."""
@@ -64,8 +65,7 @@ class Estimate:
         else:
             counts = f"{self.sequences:,} sequences, {self.tokens:,} tokens, {self.steps:,} steps"
         if self.memory is None:
-            why = "not estimated where answers are drawn" if self.drawing else "known when the model is there"
-            return f"{counts}; memory {why}"
+            return f"{counts}; memory known when the model is there"
         size = {name: f"{value / GIB:.2f}" for name, value in vars(self.memory).items()}
         bound = "at most " if self.at_most else ""
         return (
@@ -86,6 +86,7 @@ def estimate_training(
     micro_batch: int | None = None,
     other_reference: bool = False,
     cuda: bool = False,
+    judges: Judges | None = None,
 ) -> Estimate:
     """Estimate a training step.
 
@@ -99,6 +100,7 @@ def estimate_training(
         micro_batch: sequences of a forward pass, where memory ran out before with as many as the settings say.
         other_reference: the model to stay close to is another one than the base.
         cuda: it trains on GPUs.
+        judges: who is there beside policy and reference where answers are drawn; None: that is not known yet.
     """
     per_device = micro_batch or settings["per_device_train_batch_size"]
     processes = settings["nproc_per_node"] * settings.get("nnodes", 1)
@@ -106,7 +108,7 @@ def estimate_training(
     drawing = settings["stage"] in ONLINE
     texts = per_device * (2 if settings["stage"] in ("rm", "dpo", "orpo") else 1)
     sequences = tokens = None
-    steps = settings.get("max_steps")
+    steps, begins = settings.get("max_steps"), 0
     if shards is None:
         batch = LargestBatch(texts, cutoff_len, texts * cutoff_len, packing or texts > 1)
     else:
@@ -115,26 +117,30 @@ def estimate_training(
         plan = BatchPlan.of(settings, sequences, per_device, processes)
         steps = plan.total_steps(steps, settings.get("num_train_epochs"))
         batch = largest_batch(data, texts, per_device, packing)
+        begins = shared_beginning(data) if drawing and model and model.family in LIKE_LLAMA else 0
     if settings["flash_attn"] == "fa2":
         batch = LargestBatch(batch.texts, batch.longest, batch.trained, masked=False)
     memory = None
-    if model and not drawing:
+    if model and judges:
+        memory = estimate_drawing(model, dict(settings), batch, begins, judges, checkpointing, other_reference, cuda)
+    elif model and not drawing:
         memory = estimate_memory(model, dict(settings), batch, accumulation, checkpointing, other_reference, cuda)
-    return Estimate(sequences, tokens, steps, memory, shards is None, processes, drawing)
+    return Estimate(sequences, tokens, steps, memory, shards is None, processes)
 
 
-def estimate_step(step: Step, base: Path | None, shards: Path | None) -> Estimate:
+def estimate_step(step: Step, base: Path | None, shards: Path | None, reward: Path | None) -> Estimate:
     """The estimate of a training step on this machine.
 
     Args:
         step: the training step.
         base: folder of a model with the shapes of its base; None: not here yet.
         shards: the tokenize artifact; None: not made yet.
+        reward: folder of a model with the shapes of its reward model, where that is a model of its own.
     """
-    source = step.inputs["shards"].source
+    source, settings = step.inputs["shards"].source, step.identity["train"]
     assert isinstance(source, Step)
     return estimate_training(
-        step.identity["train"],
+        settings,
         read_architecture(base) if base else None,
         shards,
         step.identity["packing"],
@@ -142,12 +148,32 @@ def estimate_step(step: Step, base: Path | None, shards: Path | None) -> Estimat
         step.runtime["gradient_checkpointing"],
         other_reference="reference" in step.inputs,
         cuda=bool(cuda_devices()) or step.cluster is not None,
+        judges=find_judges(settings, set(step.inputs), reward),
     )
+
+
+def find_judges(settings: Mapping[str, Any], inputs: set[str], reward: Path | None) -> Judges | None:
+    """Who is there beside policy and reference; None where no answers are drawn, or the reward model is not here yet.
+
+    Args:
+        settings: `TrainSettings.identity()`.
+        inputs: names of the step's.
+        reward: as for `estimate_step`.
+    """
+    if settings["stage"] not in ONLINE:
+        return None
+    critic = settings["stage"] == "ppo"
+    if REWARD_MODEL not in inputs:
+        return Judges(critic, REWARD_ADAPTER in inputs)
+    model = read_architecture(reward) if reward else None
+    return Judges(critic, model=model) if model else None
 
 
 def device_memory(step: Step, ready: Ready) -> float | None:
     """Bytes of each CUDA device that a training takes; None: not known, or it trains on the processors."""
-    memory = estimate_step(step, ready.paths["base"], ready.paths["shards"]).memory if cuda_devices() else None
+    if not cuda_devices():
+        return None
+    memory = estimate_step(step, ready.paths["base"], ready.paths["shards"], ready.paths.get(REWARD_MODEL)).memory
     return memory.total if memory else None
 
 
@@ -161,6 +187,39 @@ def largest_batch(data: TokenizedSequences, texts: int, per_device: int, packing
     most = int(lengths.max()) if size else 0
     uneven = texts > 1 and size > 1 and int(lengths.min()) != most
     return LargestBatch(texts, most, per_device * trained, packing or uneven)
+
+
+def taken(spec: Spec, per_device: int, measured_gib: float, cuda: bool) -> dict[str, Any]:
+    """What a run took, beside what was estimated: the content of `MEMORY_FILE`.
+
+    Args:
+        spec: of the training program.
+        per_device: rows of a forward pass, in the end.
+        measured_gib: of the process that took most.
+        cuda: it trained on GPUs.
+    """
+    settings, model = spec.settings["train"], read_architecture(Path(spec.inputs["base"]))
+    reward = Path(spec.inputs[REWARD_MODEL]) if REWARD_MODEL in spec.inputs else None
+    estimate = estimate_training(
+        settings,
+        model,
+        Path(spec.inputs["shards"]),
+        spec.settings["packing"],
+        0,
+        spec.runtime.get("gradient_checkpointing", False),
+        per_device,
+        "reference" in spec.inputs,
+        cuda,
+        find_judges(settings, set(spec.inputs), reward),
+    )
+    estimated = estimate.memory.as_json() if estimate.memory else None
+    return {"device": "cuda" if cuda else "cpu", "estimated_gib": estimated, "measured_gib": measured_gib}
+
+
+def shared_beginning(data: TokenizedSequences) -> int:
+    """Tokens that the longest prompts begin with in common."""
+    longest = numpy.argsort(data.lengths())[-LOOKED_AT:].tolist()
+    return common([tuple(data[number].input_ids[:-1].tolist()) for number in longest]) if longest else 0
 
 
 def memory_sentence(artifact: Path) -> str | None:

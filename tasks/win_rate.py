@@ -16,7 +16,8 @@ import numpy
 from tasks.fingerprint import fingerprint
 from tasks.measurements import DOCUMENTS, Measure, mean
 from tasks.steps import Input, Step, Work, behind
-from tasks.training import BASE_FILES, DEFAULT_READING, REWARD_MODEL, keep_log, rows_of_prompts
+from tasks.train.given import REWARD_MODEL
+from tasks.training import BASE_FILES, DEFAULT_READING, keep_log, rows_of_prompts
 
 VERSION = 1
 ANSWER, REFERENCE, BASE = "answer", "reference", "base"

@@ -22,7 +22,7 @@ from tasks.reading import BadRow
 from tasks.rewards import ScoredText, require_reward_model, score_texts
 from tasks.scored_answers import AnswerReader, Given, TokenizedTexts, load_reward_model, read_prompts
 from tasks.sequences import TokenizedRows
-from tasks.training import REWARD_MODEL
+from tasks.train.given import REWARD_MODEL
 from tasks.win_rate import ANSWER, BASE, REFERENCE, WIN_RATES, ScoredRow, win_rate_results
 
 NAMES = (ANSWER, *WIN_RATES)

@@ -27,7 +27,7 @@ from tasks.measurements import read_results
 from tasks.preview import steps_behind
 from tasks.sharing import brought
 from tasks.steps import Step, upstream
-from tasks.training import REWARD_ADAPTER, REWARD_MODEL
+from tasks.train.given import REWARD_ADAPTER, REWARD_MODEL
 
 Artifacts = Mapping[str, Artifact]
 """Step title → its artifact."""

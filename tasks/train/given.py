@@ -18,6 +18,7 @@ STATE = "trainer_state.json"
 LINES = "metrics.jsonl"  # the line of every step so far, in our own checkpoints
 WHERE = "resume_from_checkpoint"
 GIVEN, GIVEN_WEIGHTS = "checkpoint", "checkpoint_weights"  # inputs of training, which tell the program what to take
+REWARD_MODEL, REWARD_ADAPTER = "reward_model", "reward_adapter"  # the same where answers are drawn
 ADAPTER, MODEL = "adapter_model.safetensors", ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json", "adapter_config.json", "config.json", "base.json")

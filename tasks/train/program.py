@@ -100,19 +100,11 @@ def _memory(trainer: TokenTrainer, spec: Spec, plan: BatchPlan, before: int) -> 
     """
     import torch
 
-    from tasks.architecture import read_architecture
     from tasks.train.measure import peak_bytes, peak_gib
-    from tasks.training_estimate import estimate_training
+    from tasks.training_estimate import taken
 
-    device = trainer.args.device
-    most = float(trainer.gather(torch.tensor([peak_bytes() - before], device=device)).max())
-    settings, model = spec.settings["train"], read_architecture(Path(spec.inputs["base"]))
-    checkpointing = spec.runtime.get("gradient_checkpointing", False)
-    shards, packing = Path(spec.inputs["shards"]), spec.settings["packing"]
-    other, cuda = "reference" in spec.inputs, torch.cuda.is_available()
-    estimate = estimate_training(settings, model, shards, packing, 0, checkpointing, plan.per_device, other, cuda)
-    estimated = estimate.memory.as_json() if estimate.memory else None
-    return {"device": device.type, "estimated_gib": estimated, "measured_gib": peak_gib(most)}
+    most = float(trainer.gather(torch.tensor([peak_bytes() - before], device=trainer.args.device)).max())
+    return taken(spec, plan.per_device, peak_gib(most), torch.cuda.is_available())
 
 
 def _trainer(spec: Spec, model: Any, rows: Rows, plan: BatchPlan, total: int, changes: dict[str, Any]) -> TokenTrainer:

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from registry.combinations import ONLINE
 from tests.benchmarks.machine import machine
 from tests.tiny import tiny_model, write_shards, write_spec
 
 STEPS, ROWS = 2, 8
+DRAWN = {"reward_funcs": ("length",), "max_new_tokens": 128, "ppo_epochs": 1}
+"""Of stages that draw answers: half of a row's tokens, where it has 256."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Case:
     def words(self) -> str:
         """For the table."""
         kind = "bf16" if self.bf16 else "fp32"
-        more = "".join(f", {name} {value}" for name, value in self.more)
+        more = "".join(f", {name} {value}" for name, value in self.more if name not in DRAWN)
         return f"h {self.hidden}, {self.layers} layers, v {self.vocabulary}, {self.method} {kind}{more}"
 
 
@@ -63,6 +66,10 @@ CASES = (
     Case(*LARGEST, "full", batch=1, length=256, more=(("optim", "sgd"),)),
     Case(*LARGEST, "full", batch=1, length=256, more=(("gradient_accumulation_steps", 2),)),
     Case(*LARGEST, "full", batch=1, length=256, more=(("stage", "dpo"),)),
+    Case(*LARGEST, batch=4, length=256, more=(("stage", "ppo"), *DRAWN.items())),
+    Case(512, 8, 49152, batch=8, length=256, bf16=True, more=(("stage", "ppo"), *DRAWN.items())),
+    Case(512, 8, 8192, batch=8, length=256, more=(("stage", "grpo"), *DRAWN.items())),
+    Case(512, 8, 8192, "full", batch=4, length=256, more=(("stage", "ppo"), *DRAWN.items())),
     # not among those that the constants of `tasks.estimate` were measured with; the first has SmolLM2-135M's shapes
     Case(576, 30, 49152, batch=1, length=512),
     Case(384, 6, 16384, "full", batch=2, length=256),
@@ -85,8 +92,15 @@ def make_model(case: Case, folder: Path) -> Path:
 
 
 def make_shards(case: Case, folder: Path) -> Path:
-    """Rows as long as the case says, two thirds of each trained; pairs where they are compared."""
-    pieces = 2 if dict(case.more).get("stage") == "dpo" else 1
+    """Rows as long as the case says, two thirds of each trained; pairs where they are compared; prompts of which no two
+    begin alike where answers are drawn, which make up the rest of the length."""
+    stage = dict(case.more).get("stage")
+    if stage in ONLINE:
+        length = case.length - DRAWN["max_new_tokens"]
+        rows = [[1 + (number * 17 + place) % 200 for place in range(length)] for number in range(ROWS)]
+        prompts = [{"input_ids": row, "labels": [-100] * length} for row in rows]
+        return write_shards(folder, prompts, "prompt", [None] * ROWS)
+    pieces = 2 if stage == "dpo" else 1
     row = [1 + number % 200 for number in range(case.length)]
     labels = [-100] * (case.length // 3) + row[case.length // 3 :]
     whole = {"input_ids": row * pieces, "labels": labels * pieces, "seq_lengths": [case.length] * pieces}
@@ -100,7 +114,7 @@ def prepare(case: Case, folder: Path) -> Path:
     folder.mkdir(parents=True)
     inputs = {"base": make_model(case, folder / "base"), "shards": make_shards(case, folder / "shards")}
     fields = dict(case.more)
-    runtime = {"logging_steps": 1, "save_steps": 100, "save_total_limit": 1, "base_name": "bench"}
+    runtime = {"logging_steps": 1, "save_steps": 100, "save_total_limit": 1, "sample_steps": 100, "base_name": "bench"}
     runtime["gradient_checkpointing"] = fields.pop("gradient_checkpointing", False)
     settings = TrainSettings(
         finetuning_type=case.method,
@@ -110,7 +124,7 @@ def prepare(case: Case, folder: Path) -> Path:
         nproc_per_node=1,
         **fields,
     )
-    identity = {"train": settings.identity(), "packing": False, "base_digest": "bench"}
+    identity = {"train": settings.identity(), "packing": False, "base_digest": "bench", "template": None}
     return write_spec(folder / "run", identity, inputs, runtime)
 
 
@@ -120,6 +134,8 @@ def train(path: Path) -> None:
     from tasks.train.program import optional_packages, work
 
     spec = Spec.read(path)
+    if spec.settings["train"]["stage"] in ONLINE:
+        from tasks.train.online.program import work
     hide(OPTIONAL - optional_packages(spec))
     work(spec, Events(spec.events))
 
@@ -160,7 +176,8 @@ def main() -> None:
     chosen = parser.parse_args()
     # once for all cases, before the first process is forked
     import tasks.train.held_out
-    import tasks.train.model  # noqa: F401
+    import tasks.train.model
+    import tasks.train.online.loop  # noqa: F401
 
     results = []
     with tempfile.TemporaryDirectory() as folder:

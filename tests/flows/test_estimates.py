@@ -94,6 +94,18 @@ def test_a_stage_that_starts_from_another_has_that_ones_shapes_before_they_are_t
     assert estimate.memory.weights == 2 * 4 * PARAMETERS  # the frozen reference beside it
 
 
+def test_a_stage_that_draws_answers_counts_all_roles_before_any_of_them_is_made(folder: Path) -> None:
+    home, settings = Home.open(), [f"model_name_or_path={folder / 'model'}"]
+    pipeline = build(load_recipe("sft_rm_ppo", settings), home)
+    planned = {line.step.title: line for line in plan(pipeline, Store(home))}
+    found = {title: planned[f"{title}/train"].estimate for title in ("sft", "rm", "ppo")}
+    sizes = {title: estimate.memory for title, estimate in found.items() if estimate and estimate.memory}
+    assert sizes.keys() == found.keys()
+    # rank 16, four times that of the toy recipe: the policy's own; the critic's and the reward model's with a head each
+    adapters = {title: size.weights - 4 * PARAMETERS for title, size in sizes.items()}
+    assert adapters["ppo"] == 3 * 4 * 16 / 4 * 4096 + 2 * 4 * 32
+
+
 def test_of_a_model_that_is_not_here_no_memory_is_guessed(folder: Path) -> None:
     estimate = lines(folder / "toy.json", "model_name_or_path=smollm2-360m-instruct")["sft/train"].estimate
     assert estimate is not None

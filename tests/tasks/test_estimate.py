@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from registry.records import TrainSettings
 from tasks.architecture import Architecture, describe, shapes_like_llama
-from tasks.estimate import LargestBatch, estimate_memory, kept_and_passing, step_flops, trained_weights
+from tasks.estimate import LargestBatch, Memory, estimate_memory, kept_and_passing, step_flops, trained_weights
+from tasks.online_estimate import Judges, estimate_drawing
 from tasks.train.batches import collate
 from tasks.train.likelihood import token_loss
 from tasks.train.lora import add_lora
@@ -52,6 +53,36 @@ def test_full_training_with_adam_holds_sixteen_bytes_of_a_weight() -> None:
 def test_lora_holds_the_frozen_base_and_sixteen_bytes_of_its_own_weights() -> None:
     assert parts(finetuning_type="lora") == (4 * N + 4 * LORA, 4 * LORA, 8 * LORA)
     assert parts(finetuning_type="lora", bf16=True) == (2 * N + 4 * LORA, 4 * LORA, 8 * LORA)
+
+
+def drawing(judges: Judges, longest: int = 40, common: int = 0, **fields: Any) -> Memory:
+    """Memory of stage ppo on SmolLM2-135M, four prompts at a time, 40 tokens and an answer of 24."""
+    prompts = LargestBatch(texts=4, longest=longest, trained=0, masked=True)
+    known = settings(**({"stage": "ppo", "reward_funcs": ("length",), "max_new_tokens": 24} | fields))
+    return estimate_drawing(SMOLLM2, known, prompts, common, judges, checkpointing=False)
+
+
+def test_of_lora_the_judges_are_matrices_and_heads_beside_one_base() -> None:
+    judge = LORA + 576
+    alone = drawing(Judges(critic=False), finetuning_type="lora", stage="grpo")
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * N + 4 * LORA, 4 * LORA, 8 * LORA)
+    found = drawing(Judges(critic=True, adapter=True), finetuning_type="lora")
+    assert found.weights == 4 * N + 4 * LORA + 2 * 4 * judge
+    assert (found.gradients, found.optimizer) == (4 * (LORA + judge), 8 * (LORA + judge))
+
+
+def test_of_full_training_every_role_is_a_model_and_two_are_trained() -> None:
+    found = drawing(Judges(critic=True, model=SMOLLM2), bf16=True)
+    critic = N + 576
+    assert found.weights == 4 * N + 2 * N + 4 * critic + 2 * critic  # policy, reference, critic, reward model
+    assert (found.gradients, found.optimizer) == (4 * (N + critic), 8 * (N + critic))
+
+
+def test_what_all_prompts_begin_with_is_passed_once() -> None:
+    judges, lora = Judges(critic=True), {"finetuning_type": "lora"}
+    shorter = drawing(judges, 20, **lora)
+    assert drawing(judges, 40, common=20, **lora) == shorter
+    assert shorter.activations < drawing(judges, **lora).activations
 
 
 def test_a_quantised_base_holds_its_linear_weights_in_fewer_bits() -> None:

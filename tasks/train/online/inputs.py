@@ -26,10 +26,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from tasks.sequences import IGNORED
+from tasks.sequences import FEWEST, IGNORED, common
 from tasks.train.likelihood import body_of
-
-FEWEST = 8  # tokens in common that are worth a pass of their own
 
 
 class _Beginning(DynamicLayer):
@@ -169,14 +167,6 @@ def make_inputs(answers: Sequence[Answered], device: torch.device, share: bool) 
     width = last.ids.shape[1]
     filled = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels], device=device)
     return Inputs(tuple(shared), last, filled)
-
-
-def common(rows: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all rows begin with; 0 where it is not worth a pass of its own."""
-    least, most = min(rows), max(rows)  # in the order of their tokens: what these two share, all do
-    pairs = enumerate(zip(least, most, strict=False))
-    found = next((at for at, (one, other) in pairs if one != other), min(len(least), len(most)))
-    return found if found >= FEWEST else 0
 
 
 def _pass(rows: Sequence[Sequence[int]], before: Tensor | None, places: list[int], device: torch.device) -> Pass:

@@ -35,10 +35,12 @@ def work(spec: Spec, events: Events) -> None:
     events.note("loading libraries")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before its first use
     make_deterministic(settings["seed"])
+    from tasks.train.measure import resident_bytes
     from tasks.train.model import position_changes
     from tasks.train.online.journal import Journal
     from tasks.train.online.roles import make_roles
 
+    before = resident_bytes()
     require_cuda_for(settings)
     arguments = _arguments(settings)  # first: they join the processes, and make accelerate forget an accelerator
     ranks = _processes(settings)
@@ -62,8 +64,32 @@ def work(spec: Spec, events: Events) -> None:
         metrics, experience = loop.step()
         journal.add(loop, metrics, experience, settings["learning_rate"] * factor)
         journal.keep(loop.numbers)
+    if journal.resumed_from < total:
+        _write_memory(spec, loop, before)
     if ranks.accelerator.is_local_main_process:
         journal.write(roles, loop)
+
+
+def _write_memory(spec: Spec, loop: Loop, before: int) -> None:
+    """Write what this run took, of the process that took most, beside what was estimated.
+
+    Args:
+        spec: of the run.
+        loop: whose steps are made.
+        before: bytes of this process with all libraries loaded, before there was a model.
+    """
+    import torch
+
+    from tasks.train.measure import peak_bytes, peak_gib
+    from tasks.train.output import write_json
+    from tasks.training_estimate import MEMORY_FILE, taken
+
+    most = max(loop.ranks.everybodys({loop.ranks.index: peak_bytes() - before}))
+    found = taken(spec, loop.update.micro_batch, peak_gib(most), torch.cuda.is_available())
+    if loop.ranks.accelerator.is_local_main_process:
+        file = Path(spec.output) / MEMORY_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, found)
 
 
 def _sizes(settings: dict[str, Any], processes: int) -> str:

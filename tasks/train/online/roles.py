@@ -22,6 +22,7 @@ from tasks.program import ProgramError, Spec
 from tasks.train.adapters import require_equal
 from tasks.train.fast_lora import speed_up
 from tasks.train.freezing import freeze
+from tasks.train.given import REWARD_ADAPTER, REWARD_MODEL
 from tasks.train.likelihood import body_of
 from tasks.train.loading import Changes, load_base
 from tasks.train.lora import CLASSIFIER_NAMES, Note, check_base, say
@@ -31,7 +32,6 @@ from tasks.train.online.reader import Reader
 from tasks.train.output import ADAPTER_WEIGHTS
 from tasks.train.reference import ADAPTER, Reference, without_dropout
 from tasks.train.reward import SCORE_HEAD
-from tasks.training import REWARD_ADAPTER, REWARD_MODEL
 
 REWARD, CRITIC = "reward", "critic"  # names of adapters, beside the policy's
 HEAD_IN_FILE = f"base_model.model.{SCORE_HEAD}.weight"

@@ -17,8 +17,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from tasks.train.fast_lora import few_rows
-from tasks.train.online.inputs import common
+from tasks.sequences import common
+from tasks.train.fast_lora import drawing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sampling:
         Returns:
             [n, v] float32.
         """
-        logits = logits.float() / self.temperature
+        logits = logits.float() if self.temperature == 1.0 else logits.float() / self.temperature  # else a copy
         if not self.top_k and self.top_p == 1.0:
             return logits
         kept = torch.ones_like(logits, dtype=torch.bool)
@@ -122,7 +122,7 @@ def draw_answers(
     ends = torch.tensor(sorted(stops), device=model.device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     answers = torch.full(numbers.shape, pad)
-    with torch.no_grad(), few_rows(model):
+    with torch.no_grad(), drawing(model):
         logits, mask, positions, cache = _read(model, prompts, pad, share)
         for t in range(numbers.shape[1]):
             drawn = torch.where(done, pad, choose(sampling.logits(logits), numbers[:, t]))

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tasks.train.fast_lora import few_rows, speed_up
+from tasks.train.fast_lora import drawing, speed_up
 from tests.tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -129,7 +129,7 @@ def test_few_rows_from_the_other_side_have_the_same_values_and_leave_no_trace(ba
             model.base_model.set_adapter(adapter)
             with torch.no_grad():
                 wanted, own = model(input_ids=FEW).logits, [vars(module).get("forward") for module in model.modules()]
-                with few_rows(model):
+                with drawing(model):
                     torch.testing.assert_close(model(input_ids=FEW).logits, wanted, atol=1e-12, rtol=1e-12)
                 assert torch.equal(model(input_ids=FEW).logits, wanted)
             assert [vars(module).get("forward") for module in model.modules()] == own

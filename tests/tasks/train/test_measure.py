@@ -18,7 +18,7 @@ from tasks.train.compared import collate_pairs
 from tasks.train.measure import StepSpeed, peak_bytes, resident_bytes
 from tasks.train.trainer import StepCounts
 from tasks.training_estimate import MEMORY_FILE
-from tests.benchmarks.memory import Case, prepare
+from tests.benchmarks.memory import DRAWN, Case, prepare
 from tests.tasks.test_estimate import WORKED
 from tests.tiny import pack_rows, random_pairs, random_rows, write_shards
 
@@ -81,9 +81,16 @@ def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> Non
     assert peak < len(own) < resident_bytes() <= peak_bytes()
 
 
-def test_memory_is_what_was_estimated_to_a_fifth(tmp_path: Path) -> None:
-    spec = prepare(Case(768, 8, 8192, "full", batch=1, length=64), tmp_path / "case")
-    command = [sys.executable, "-m", "tasks.train.program", str(spec)]
+CASES = {
+    "tasks.train.program": Case(768, 8, 8192, "full", batch=1, length=64),
+    "tasks.train.online.program": Case(512, 8, 8192, batch=4, length=256, more=(("stage", "ppo"), *DRAWN.items())),
+}
+
+
+@pytest.mark.parametrize("program", CASES)
+def test_memory_is_what_was_estimated_to_a_fifth(tmp_path: Path, program: str) -> None:
+    spec = prepare(CASES[program], tmp_path / "case")
+    command = [sys.executable, "-m", program, str(spec)]
     subprocess.run(command, check=True, capture_output=True)  # a process of its own: this one had more before
     found = json.loads((spec.parent / "output" / MEMORY_FILE).read_text())
     assert found["device"] == "cpu"
