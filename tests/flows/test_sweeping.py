@@ -210,3 +210,13 @@ def test_what_is_no_trials_fault_leaves_it_open(tmp_path: Path, server: Server) 
     assert [(trial["state"], trial["parameters"]) for trial in answer["trials"]] == [
         ("running", {"stages.sft.dataset": "http://127.0.0.1:9/rows.jsonl"})
     ]
+
+
+def test_a_trial_whose_time_is_over_has_failed_and_the_next_one_begins(tmp_path: Path, server: Server) -> None:
+    recipe, sweep = write_sweep(tmp_path / "recipe")
+    raw = yaml.safe_load(Path(sweep).read_text())
+    Path(sweep).write_text(yaml.safe_dump(raw | {"parameters": {"stages.sft.learning_rate": [1e-2, 2e-2]}}))
+    limits = ("--set", "timeout_minutes=0.05", "--set", "stages.sft.max_steps=5000")
+    answer = run("sweep", recipe, sweep, *limits, code=1, PREFECT_API_URL=server.url)
+    assert [trial["state"] for trial in answer["trials"]] == ["failed", "failed"]
+    assert all("more than its 0.05 minutes" in trial["error"] for trial in answer["trials"])
