@@ -66,7 +66,8 @@ def recipe_text(raw: Mapping[str, Any], title: str) -> str:
     top = {key: value for key, value in whole.items() if key not in RECIPE_KEYS}
     lines += _yaml({"name": whole["name"]})
     lines += _yaml({"evaluate": whole["evaluate"]}) if "evaluate" in whole else []
-    lines += _yaml({key: whole[key] for key in RunSettings.model_fields if key in whole})
+    for key in RunSettings.model_fields:
+        lines += _yaml({key: whole[key]}) if key in whole else []
     lines += _section(translate(top, lambda key: key), "")
     stages = whole.get("stages", {})
     lines += ["stages:"] if stages else []
