@@ -141,9 +141,10 @@ def pipeline(
         end_without_traceback()
     pages = Pages(session.view.say)
     PAGES.set(pages)
-    with stopping(session.stop, session.view.say), session.timed():
+    with stopping(session.stop, session.view.say):
         try:
-            _run(session)
+            with session.timed():
+                _run(session)
         finally:
             gone = server_is_gone(str(PREFECT_API_URL.value() or ""), session.stop)
             if gone:

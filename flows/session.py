@@ -181,7 +181,9 @@ class Session:
         """For each step that failed one line that names it and the steps that did not run because of it."""
         waiting = self.not_run()
         lines = []
-        for title in (title for title in self.errors() if title in self.by_title):
+        for title in self.errors():
+            if title not in self.by_title:  # of the run as a whole
+                continue
             behind = [other for other, causes in waiting.items() if title in causes]
             lines.append(f"{title} failed" + (f"; not run because of it: {', '.join(behind)}" if behind else ""))
         return lines

@@ -127,15 +127,14 @@ def estimate_memory(
     """
     model = model.for_scores() if settings["stage"] == "rm" else model
     trained = trained_weights(model, settings)
-    count, parts = sum(trained.values()), device_shares(settings)
+    parts = device_shares(settings)
     weights = model_weights(model, settings, trained) * parts.weights
     weights += reference_weights(model, settings, other_reference)
-    gradients = count * parts.gradient_bytes * parts.gradients
-    optimizer = count * (OPTIMIZERS[settings["optim"]].state_bytes + parts.master_bytes) * parts.optimizer
+    gradients, optimizer = of_trained(sum(trained.values()), settings)
     kept, passing = kept_and_passing(model, settings, batch, checkpointing)
     ends = _ends(model, trained) * parts.gradients
     waiting = gradients if accumulation > 1 or parts.resident else 0.0
-    holes, mapped = (0.0, 0.0) if cuda else overhead(model, settings, batch)
+    holes, mapped = overhead(model, settings, batch, cuda)
     # of a tied embedding there is one gradient as the head and one as itself, which are added up to a third
     sums = ((3 if waiting else 2) * ends) if model.tied else 0.0
     unused = kept - passing.head if waiting and not cuda else 0.0  # glibc does not give back what lies between others
@@ -145,13 +144,25 @@ def estimate_memory(
         gradients + sums + unused + holes,  # the last one is there
     )
     activations = kept + max(passing.logits, passing.head, passing.layer)
-    total = weights + optimizer + worst
-    if mapped and not cuda:  # files that were converted are let go when all of them are
-        total = total + mapped if "quant_bit" in settings else max(total, weights + mapped + FIRST_USE)
+    total = with_files(weights + optimizer + worst, weights, mapped, settings)
     return Memory(weights, gradients, optimizer, activations, holes + mapped, total)
 
 
-def overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch) -> tuple[float, float]:
+def of_trained(count: int, settings: dict[str, Any]) -> tuple[float, float]:
+    """Bytes of gradients and of the optimizer's state, on one device, of so many trained weights."""
+    parts = device_shares(settings)
+    state = OPTIMIZERS[settings["optim"]].state_bytes + parts.master_bytes
+    return count * parts.gradient_bytes * parts.gradients, count * state * parts.optimizer
+
+
+def with_files(total: float, weights: float, mapped: float, settings: dict[str, Any]) -> float:
+    """A total in which files that were converted are counted: they are let go when all of them are."""
+    if not mapped:
+        return total
+    return total + mapped if "quant_bit" in settings else max(total, weights + mapped + FIRST_USE)
+
+
+def overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch, cuda: bool) -> tuple[float, float]:
     """Bytes that a process on CPU holds beside what is used, and bytes of files that are mapped beside weights.
 
     glibc asks for aligned memory with some more around it, so what was freed between two kept values is too small for
@@ -159,6 +170,8 @@ def overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch)
     where activations are computed a second time. Weights that are used as they are in their files are not held twice;
     those that are converted are there beside their file for as long as it is open.
     """
+    if cuda:
+        return 0.0, 0.0
     method = "lora" if settings["finetuning_type"] == "lora" else "full"
     holes = HOLES["drawing" if settings["stage"] in ONLINE else method]
     left = FIRST_USE + holes * _kept_by_layer(model, settings, batch) * _layers_passed(model, settings)

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from registry.optimizers import OPTIMIZERS
 from tasks.architecture import SCORE, Architecture
 from tasks.estimate import (
     FIRST_USE,
@@ -22,9 +21,11 @@ from tasks.estimate import (
     device_shares,
     kept_and_passing,
     model_weights,
+    of_trained,
     overhead,
     reference_weights,
     trained_weights,
+    with_files,
 )
 
 
@@ -64,20 +65,19 @@ def estimate_drawing(
         other_reference, cuda: as for `tasks.estimate.estimate_memory`.
     """
     new, batch = settings["max_new_tokens"], _largest(settings, prompts, common)
-    trained, parts = trained_weights(model, settings), device_shares(settings)
-    weights = model_weights(model, settings, trained) * parts.weights + _judges(model, settings, judges)
+    trained = trained_weights(model, settings)
+    weights = model_weights(model, settings, trained) * device_shares(settings).weights
+    weights += _judges(model, settings, judges)
     weights += reference_weights(model, settings, other_reference)
-    count = sum(trained.values()) + (sum(_judge(model, settings).values()) if judges.critic else 0)
-    gradients = count * parts.gradient_bytes * parts.gradients
-    optimizer = count * (OPTIMIZERS[settings["optim"]].state_bytes + parts.master_bytes) * parts.optimizer
+    critic = sum(_judge(model, settings).values()) if judges.critic else 0
+    gradients, optimizer = of_trained(sum(trained.values()) + critic, settings)
     kept, passing = kept_and_passing(model, settings, batch, checkpointing)
-    holes, mapped = (0.0, 0.0) if cuda else overhead(model, settings, batch)
+    holes, mapped = overhead(model, settings, batch, cuda)
     # beside what is kept: the distribution and its entropy, or the reference's logits, or the head's gradient
     learning = kept + max(1.5 * passing.logits, passing.layer) + holes
     drawing = _drawing(model, settings, prompts.longest + new) + (0.0 if cuda else FIRST_USE)
     total = weights + optimizer + max(learning, drawing, gradients + holes)
-    if mapped:  # files that were converted are let go when all of them are
-        total = total + mapped if "quant_bit" in settings else max(total, weights + mapped + FIRST_USE)
+    total = with_files(total, weights, mapped, settings)
     activations = max(kept + 1.5 * passing.logits, drawing)
     return Memory(weights, gradients, optimizer, activations, holes + mapped, total)
 

@@ -50,7 +50,7 @@ def _forward(layer: Any, plain: Any, x: Tensor, *arguments: Any, **keywords: Any
     """y = W x + B (s A x). The layer may have several adapters, or none that is active."""
     active = _active(layer)
     if layer.disable_adapters or not active:
-        return layer.base_layer(x) if layer.base_layer.bias is not None else _from_the_left(layer.base_layer.weight, x)
+        return _drawn(layer.base_layer, None, x)
     if len(active) > 1 or arguments or keywords or layer.merged:
         return plain(x, *arguments, **keywords)
     (name,) = active
@@ -60,8 +60,8 @@ def _forward(layer: Any, plain: Any, x: Tensor, *arguments: Any, **keywords: Any
         return result
     if x.dtype != down.dtype:
         return plain(x)
-    if _few(x) and layer.base_layer.bias is None:
-        columns = _columns(x)
+    if _few(layer.base_layer, x):
+        columns = x.reshape(-1, x.shape[-1]).t()
         result = (layer.base_layer.weight @ columns).addmm_(up, down @ columns, alpha=layer.scaling[name])
         return _as_rows(result, x)
     result = layer.base_layer(x)
@@ -100,12 +100,10 @@ class _InLowerPrecision(torch.autograd.Function):
         return to_x, None, to_down, to_up, None
 
 
-def _few(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
-
-
-def _columns(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).t()
+def _few(base: nn.Linear, x: Tensor) -> bool:
+    """Whether the product is made from the other side; in lower precision there is nothing to gain."""
+    plain = base.bias is None and base.weight.dtype.itemsize > 2 and not torch.is_autocast_enabled(x.device.type)
+    return plain and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def _as_rows(result: Tensor, x: Tensor) -> Tensor:
@@ -125,7 +123,7 @@ def drawing(model: Any) -> Iterator[None]:
     needed = torch.is_autocast_enabled(device) and dtypes != {torch.get_autocast_dtype(device)}
     before = {module: vars(module).get("forward") for module in model.modules() if _is_quick(module, needed)}
     for module in before:
-        module.forward = _drawing_forward(module, needed)
+        module.forward = _drawing_forward(module)
     try:
         with torch.autocast(device, enabled=needed):
             yield
@@ -141,7 +139,7 @@ def _is_quick(module: Any, autocast: bool) -> bool:
     """Whether `drawing` knows what a layer does: it is linear and as PyTorch has it, or has one plain adapter."""
     forward = vars(module).get("forward")
     if type(module) is nn.Linear:
-        return forward is None and not (autocast and module.bias is not None)
+        return forward is None
     if autocast or not isinstance(forward, partial) or forward.func is not _forward:
         return False
     return len(_active(module)) == 1 and not module.disable_adapters and not module.merged
@@ -151,9 +149,9 @@ def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _drawing_forward(module: Any, autocast: bool) -> Callable[[Tensor], Tensor]:
+def _drawing_forward(module: Any) -> Callable[[Tensor], Tensor]:
     if type(module) is nn.Linear:
-        return partial(_from_the_left, module.weight) if autocast else partial(_drawn, module, None)
+        return partial(_drawn, module, None)
     (name,), weight = _active(module), module.base_layer.weight
     down = (module.lora_A[name].weight * module.scaling[name]).to(weight.dtype)
     return partial(_drawn, module.base_layer, (down, module.lora_B[name].weight.to(weight.dtype).t()))
@@ -163,7 +161,7 @@ def _drawn(base: nn.Linear, adapter: tuple[Tensor, Tensor] | None, x: Tensor) ->
     """y = W x + B (s A x), or W x; the adapter is (s A, Bᵀ)."""
     # as a matrix: of a slice [b, 1, k] PyTorch makes b products, each with a copy of W (470 ms instead of 4)
     rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
-    if base.bias is None and base.weight.dtype.itemsize > 2 and _few(x):
+    if _few(base, x):
         columns = rows.t()
         result = base.weight @ columns
         if adapter is not None:
@@ -173,13 +171,3 @@ def _drawn(base: nn.Linear, adapter: tuple[Tensor, Tensor] | None, x: Tensor) ->
     if adapter is not None:
         result.addmm_(linear(rows, adapter[0]), adapter[1])
     return result.view(*x.shape[:-1], -1)
-
-
-def _from_the_left(weight: Tensor, x: Tensor) -> Tensor:
-    """(W xᵀ)ᵀ where there are few rows x; else what is usual."""
-    if torch.is_autocast_enabled(x.device.type):
-        # as a matrix: of a slice [b, 1, k] PyTorch makes b products, each with a copy of W (470 ms instead of 4)
-        return linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
-    if not _few(x):
-        return linear(x, weight)
-    return _as_rows(weight @ _columns(x), x)
