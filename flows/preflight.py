@@ -10,6 +10,7 @@ from flows.estimates import memory_notes
 from flows.graph import Pipeline
 from flows.launching import cluster_problems_of
 from flows.planning import PlannedStep
+from registry.combinations import ONLINE
 from registry.errors import InputError, Problem
 from registry.home import Home
 from registry.machine import machine_problems
@@ -85,7 +86,7 @@ def preflight(pipeline: Pipeline, lines: list[PlannedStep], home: Home) -> list[
             rule, cure = "the package distributed is not installed", "Install it: pip install 'llamatuner[dask]'"
             problems.append(Problem(f"stages.{name}.preprocessing_dask", rule, cure))
         installed = stage.settings.runtime.launcher == "kubernetes" or find_spec("deepspeed") is not None
-        if stage.settings.train.deepspeed and not installed:
+        if stage.settings.train.deepspeed and stage.settings.train.stage not in ONLINE and not installed:
             cure = "pip install deepspeed"
             problems.append(Problem(f"stages.{name}.deepspeed", "the package deepspeed is not installed", cure))
     notes += memory_notes(lines)

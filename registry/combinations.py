@@ -87,8 +87,9 @@ NEEDS: tuple[Need, ...] = (
     Need(("fsdp",), {"fsdp": SET}, refused=False),
 )
 
-DERIVED = ("zero_stage",)
-"""Conditions that are no settings: what the config that `deepspeed` names divides (`registry.deepspeed.zero_stage`)."""
+DERIVED = ("zero_stage", "zero_only")
+"""Conditions that are no settings: what the config that `deepspeed` names divides, and whether it says nothing else
+(`registry.deepspeed`)."""
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -231,14 +232,17 @@ REFUSALS: tuple[Refusal, ...] = (
         "the reference and the judges share the base, and these modules would be the policy's alone",
         "Remove additional_target.",
     ),
-    *(
-        Refusal(
-            launcher,
-            {launcher: SET, "stage": ONLINE},
-            f"two models may learn, and {launcher} divides the memory of one",
-            f"Remove {launcher}; several processes share out the answers without it.",
-        )
-        for launcher in ("deepspeed", "fsdp")
+    Refusal(
+        "deepspeed",
+        {"deepspeed": SET, "zero_only": (False,), "stage": ONLINE},
+        "the stage divides optimizer state and gradients by itself; weights have to be whole to draw answers",
+        "Use deepspeed: zero2, or zero1.",
+    ),
+    Refusal(
+        "fsdp",
+        {"fsdp": SET, "stage": ONLINE},
+        "weights have to be whole to draw answers, and fsdp divides them",
+        "Use deepspeed: zero2, which divides optimizer state and gradients.",
     ),
     Refusal(
         "resume_from_checkpoint",

@@ -20,7 +20,7 @@ from registry.combinations import idle, refused
 from registry.core import user_path
 from registry.data_registry import find_dataset
 from registry.data_sources import DataSource
-from registry.deepspeed import deepspeed_config, zero_stage
+from registry.deepspeed import deepspeed_config, zero_only, zero_stage
 from registry.errors import InputError, Problem, did_you_mean, shown
 from registry.evaluation_records import EvaluationSettings
 from registry.optimizers import OPTIMIZERS
@@ -217,7 +217,7 @@ def _rules(
         values = {key: value for part in parts if part for key, value in part}
         wanted = values["deepspeed"]
         config = collect(problems, deepspeed_config, wanted, where("deepspeed")) if wanted else None
-        values["zero_stage"] = zero_stage(config) if config is not None else None
+        values |= {"zero_stage": zero_stage(config), "zero_only": zero_only(config)} if config is not None else {}
         for part in parts:
             values |= part.resolved() if isinstance(part, TrainSettings) else {}
             problems += reward_problems(part, where) if isinstance(part, TrainSettings) else []

@@ -132,7 +132,7 @@ def estimate_memory(
     weights += reference_weights(model, settings, other_reference)
     gradients, optimizer = of_trained(sum(trained.values()), settings)
     kept, passing = kept_and_passing(model, settings, batch, checkpointing)
-    ends = _ends(model, trained) * parts.gradients
+    ends = of_head(model, trained) * parts.gradients
     waiting = gradients if accumulation > 1 or parts.resident else 0.0
     holes, mapped = overhead(model, settings, batch, cuda)
     # of a tied embedding there is one gradient as the head and one as itself, which are added up to a third
@@ -199,6 +199,9 @@ def device_shares(settings: dict[str, Any]) -> _Shares:
     if settings.get("fsdp"):
         return _Shares(1 / processes, 1 / processes, 1 / processes)
     config = settings.get("deepspeed")
+    if settings["stage"] in ONLINE:  # without DistributedDataParallel and DeepSpeed, see `tasks.train.online.moved`
+        stage = zero_stage(config) if config else 0
+        return _Shares(gradients=1 / processes if stage == 2 else 1.0, optimizer=1 / processes if stage else 1.0)
     if config is None:
         # DistributedDataParallel keeps a second copy of every gradient in its buckets
         return _Shares(gradient_bytes=2 * SINGLE, resident=True) if processes > 1 else _Shares()
@@ -217,7 +220,7 @@ def device_shares(settings: dict[str, Any]) -> _Shares:
 def model_weights(model: Architecture, settings: dict[str, Any], trained: dict[str, int]) -> float:
     """Bytes of the model that is trained."""
     frozen = HALF if settings["bf16"] and settings["finetuning_type"] != "full" else SINGLE
-    moving = HALF if settings["bf16"] and settings.get("deepspeed") else SINGLE
+    moving = HALF if settings["bf16"] and settings.get("deepspeed") and settings["stage"] not in ONLINE else SINGLE
     held = frozen_weights(model, settings, frozen, trained if settings["finetuning_type"] != "lora" else {})
     copies = 2 if settings.get("pissa_init") else 1  # what the new matrices began as
     moved = sum(size * (copies if name.endswith(".lora") else 1) for name, size in trained.items())
@@ -253,7 +256,7 @@ def has_reference(settings: dict[str, Any]) -> bool:
     return settings["stage"] in WITH_REFERENCE and settings.get("pref_loss") != "simpo"
 
 
-def _ends(model: Architecture, trained: dict[str, int]) -> float:
+def of_head(model: Architecture, trained: dict[str, int]) -> float:
     """Bytes of the output head's gradient, where it is trained: the first one that is there."""
     head = [name for name in trained if layer_of(name) is None and len(model.tensors.get(name, ())) == 2]
     return SINGLE * model.vocabulary * model.hidden if head and SCORE not in trained else 0.0
@@ -385,7 +388,7 @@ def step_flops(
     forward = 2.0 * body * tokens + 2.0 * head * trained_tokens + attention
     share = passed / layers
     backward = share * (2.0 * body * tokens + 2.0 * attention) + 2.0 * head * trained_tokens
-    backward += 2.0 * moved * tokens + (2.0 * head * trained_tokens if _ends(model, trained) else 0.0)
+    backward += 2.0 * moved * tokens + (2.0 * head * trained_tokens if of_head(model, trained) else 0.0)
     frozen = 0
     if has_reference(settings):  # kto estimates its distance with one more pass of both over rows as long
         frozen = 3 if settings["stage"] == "kto" else 1

@@ -21,6 +21,7 @@ from tasks.estimate import (
     device_shares,
     kept_and_passing,
     model_weights,
+    of_head,
     of_trained,
     overhead,
     reference_weights,
@@ -75,8 +76,10 @@ def estimate_drawing(
     holes, mapped = overhead(model, settings, batch, cuda)
     # beside what is kept: the distribution and its entropy, or the reference's logits, or the head's gradient
     learning = kept + max(1.5 * passing.logits, passing.layer) + holes
+    # of a tied embedding there is one gradient as the head and one as itself, which are added up before they are sent
+    sums = 3 * of_head(model, trained) if model.tied and device_shares(settings).gradients < 1 else 0.0
     drawing = _drawing(model, settings, prompts.longest + new) + (0.0 if cuda else FIRST_USE)
-    total = weights + optimizer + max(learning, drawing, gradients + holes)
+    total = weights + optimizer + max(learning, drawing, gradients + sums + holes)
     total = with_files(total, weights, mapped, settings)
     activations = max(kept + 1.5 * passing.logits, drawing)
     return Memory(weights, gradients, optimizer, activations, holes + mapped, total)

@@ -54,6 +54,11 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def zero_only(config: dict[str, Any]) -> bool:
+    """Whether a config divides optimizer state, or that and gradients, and says nothing else."""
+    return any(config == deepspeed_config(name) for name in ("zero1", "zero2"))
+
+
 def _problems(config: Any, where: str) -> list[Problem]:
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
         return [Problem(where, "not a DeepSpeed config", "A mapping; see registry/deepspeed/zero2.json.")]

@@ -70,7 +70,9 @@ def test_rules_give_what_they_say() -> None:
     [
         ({"packing": True}, "every prompt is answered on its own"),
         ({"lora_dropout": 0.1}, "dropout would move the probabilities"),
-        ({"deepspeed": "zero2"}, "two models may learn, and deepspeed divides the memory of one"),
+        ({"deepspeed": "zero3"}, "deepspeed: the stage divides optimizer state and gradients by itself"),
+        ({"deepspeed": "zero2_offload"}, "Use deepspeed: zero2, or zero1."),
+        ({"fsdp": True}, "Use deepspeed: zero2, which divides optimizer state and gradients."),
         ({"overlong": "truncate"}, "has lost the place where its answer begins"),
         ({"val_size": 0.1}, "val_size has no effect with stage ppo"),
         ({"eval_steps": 2}, "eval_steps has no effect with stage ppo"),

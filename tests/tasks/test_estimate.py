@@ -78,6 +78,16 @@ def test_of_full_training_every_role_is_a_model_and_two_are_trained() -> None:
     assert (found.gradients, found.optimizer) == (4 * (N + critic), 8 * (N + critic))
 
 
+def test_processes_divide_what_moves_two_roles() -> None:
+    judges, two = Judges(critic=True, model=SMOLLM2), {"nproc_per_node": 2, "bf16": True}
+    whole, state, gradients = (drawing(judges, **two, deepspeed=way) for way in (None, "zero1", "zero2"))
+    moved = N + N + 576
+    assert whole.weights == state.weights == gradients.weights
+    assert (whole.gradients, whole.optimizer) == (4 * moved, 8 * moved)
+    assert (state.gradients, state.optimizer) == (4 * moved, 8 * moved / 2)
+    assert (gradients.gradients, gradients.optimizer) == (4 * moved / 2, 8 * moved / 2)
+
+
 def test_what_all_prompts_begin_with_is_passed_once() -> None:
     judges, lora = Judges(critic=True), {"finetuning_type": "lora"}
     shorter = drawing(judges, 20, **lora)

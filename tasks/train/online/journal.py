@@ -26,9 +26,9 @@ from tasks.train.measure import peak_bytes, peak_gib
 from tasks.train.online.curve import draw_scores
 from tasks.train.online.experience import Experience
 from tasks.train.online.loop import Loop, Processes
+from tasks.train.online.moved import Moved
 from tasks.train.online.roles import Roles
 from tasks.train.online.state import Numbers, load, required, save
-from tasks.train.online.update import Moved
 from tasks.train.output import write_artifact, write_json
 from tasks.train.processes import newest_common
 from tasks.train.reference import ADAPTER
@@ -64,6 +64,7 @@ class Journal:
         self.spec, self.events, self.ranks, self.root, self.moved = spec, events, ranks, root, moved
         self.total, self.record = total, record
         self.first = ranks.accelerator.is_local_main_process
+        self.required = required(moved, ranks.here())
         self.every = spec.runtime["logging_steps"]
         self.samples = Path(spec.scratch) / SAMPLES
         self.asked, self.resumed_from = False, 0
@@ -76,10 +77,10 @@ class Journal:
     def resume(self, numbers: Numbers) -> Numbers:
         """The state of the newest whole checkpoint put back, or the one given; steps before it are told again."""
         if self.first:
-            for reason in remove_damaged(self.root, required(self.moved)):
+            for reason in remove_damaged(self.root, self.required):
                 self.events.note(reason)
         self.ranks.accelerator.wait_for_everyone()
-        checkpoint = newest_common(self.root, required(self.moved))
+        checkpoint = newest_common(self.root, self.required)
         if checkpoint:
             numbers = load(checkpoint, self.moved)
             self.resumed_from = numbers.step
@@ -148,12 +149,13 @@ class Journal:
             return
         if asked or numbers.step % self.spec.runtime["save_steps"] == 0:
             folder = self.root / f"checkpoint-{numbers.step}"
+            save(folder, self.moved, numbers, self.first)
+            self.ranks.accelerator.wait_for_everyone()  # where the state is divided, all have written their part
             if self.first:
-                save(folder, self.moved, numbers)
                 self.lines.keep_in(folder)
                 (folder / BASE_RECORD).write_text(json.dumps(self.record), encoding="utf-8")
-                mark_whole(folder, required(self.moved))
-                rotate(self.root, self.spec.runtime["save_total_limit"], required(self.moved))
+                mark_whole(folder, self.required)
+                rotate(self.root, self.spec.runtime["save_total_limit"], self.required)
         if asked:
             step = numbers.step
             raise ProgramError("killed", f"ended by SIGTERM; the checkpoint of step {step} of {self.total} was saved")

@@ -7,12 +7,14 @@ same.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tokenizers import Tokenizer
@@ -41,6 +43,19 @@ class Processes:
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, on each."""
         return self.accelerator.reduce(value, "sum") if self.count > 1 else value
+
+    def sum_for(self, owner: int, value: Tensor) -> None:
+        """Put the sum over all processes into the owner's tensor; what the others then have is undefined."""
+        torch.distributed.reduce(value, owner)
+
+    def share(self, owner: int, value: Tensor) -> None:
+        """Put the owner's tensor into everybody's."""
+        torch.distributed.broadcast(value, owner)
+
+    def here(self) -> range:
+        """The processes of this machine."""
+        before = self.index - self.accelerator.local_process_index
+        return range(before, before + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def autocast(self) -> Any:
         """The precision of forward passes."""

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.deepspeed import zero_stage
 from registry.reward_rules import is_code
 from tasks.program import OPTIONAL, Events, Spec, main
 from tasks.train.program import CHECKPOINTS, make_deterministic, make_plan, optional_packages, require_cuda_for
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from tasks.train.online.loop import Loop, Processes, Words
+    from tasks.train.online.moved import Moved
     from tasks.train.online.roles import Roles
-    from tasks.train.online.update import Moved
 
 
 def work(spec: Spec, events: Events) -> None:
@@ -49,7 +50,7 @@ def work(spec: Spec, events: Events) -> None:
     changes = position_changes(settings, spec.inputs["base"], spec.settings.get("cutoff_len"))
     roles = make_roles(spec, changes, events.note)
     record = {"base_digest": spec.settings["base_digest"]} | ({"config": changes} if changes else {})
-    moved = _moved(settings, roles, arguments)
+    moved = _moved(settings, roles, arguments, ranks)
     loop = _loop(spec, roles, moved, ranks)
     total = loop.plan.total_steps(settings.get("max_steps"), settings.get("num_train_epochs"))
     for sentence in (roles.sentence(), f"{loop.plan.sentence(total)}; {_sizes(settings, ranks.count)}"):
@@ -112,22 +113,27 @@ def _processes(settings: dict[str, Any]) -> Processes:
     return Processes(Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available()))
 
 
-def _moved(settings: dict[str, Any], roles: Roles, arguments: TrainingArguments) -> dict[str, Moved]:
+def _moved(settings: dict[str, Any], roles: Roles, arguments: TrainingArguments, ranks: Processes) -> dict[str, Moved]:
     """What is trained, and by what; matrices decay, norms and biases do not."""
     from transformers import Trainer
 
-    from tasks.train.online.update import Moved
+    from tasks.train.online.moved import Moved, MovedAtOnce, find_owners
 
+    stage = zero_stage(settings["deepspeed"]) if "deepspeed" in settings and ranks.count > 1 else 0
     make, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments)
     trained = {"policy": {name: value for name, value in roles.policy.named_parameters() if value.requires_grad}}
     if roles.critic is not None:
         trained["critic"] = roles.critic.parameters()
     moved = {}
     for role, parameters in trained.items():
-        kinds = ([p for p in parameters.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
-        decays = (settings["weight_decay"], 0.0)
-        groups = [{"params": some, "weight_decay": decay} for some, decay in zip(kinds, decays, strict=True) if some]
-        moved[role] = Moved(parameters, make(groups, **keywords))
+        owners = find_owners(parameters, ranks.count) if stage else None
+        own = [value for name, value in parameters.items() if owners is None or owners[name] == ranks.index]
+        decays = ((True, settings["weight_decay"]), (False, 0.0))
+        groups = [{"params": [p for p in own if (p.ndim > 1) == matrix], "weight_decay": d} for matrix, d in decays]
+        # one that moves nothing is given no parameters: an optimizer wants a group
+        groups = [group for group in groups if group["params"]] or groups
+        optimizer = make(groups, **keywords)
+        moved[role] = (MovedAtOnce if stage == 2 else Moved)(parameters, optimizer, ranks, owners)
     return moved
 
 
@@ -173,7 +179,8 @@ def _arguments(settings: dict[str, Any]) -> TrainingArguments:
 
     from tasks.train.processes import process_arguments
 
-    how = process_arguments(settings, cpu=not torch.cuda.is_available())
+    alone = {name: value for name, value in settings.items() if name != "deepspeed"}  # it is divided here, by `moved`
+    how = process_arguments(alone, cpu=not torch.cuda.is_available())
     return TrainingArguments(optim=settings["optim"], learning_rate=settings["learning_rate"], report_to="none", **how)
 
 
@@ -207,7 +214,7 @@ def _work_and_part(spec: Spec, events: Events) -> None:
 def needed_packages(spec: Spec) -> set[str]:
     """Which of `tasks.program.OPTIONAL` it needs: what training does, and all of them for code of the user's."""
     own = any(is_code(name) for name in spec.settings["train"]["reward_funcs"])
-    return set(OPTIONAL) if own else optional_packages(spec)
+    return set(OPTIONAL) if own else optional_packages(spec) - {"deepspeed"}
 
 
 if __name__ == "__main__":

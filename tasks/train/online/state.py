@@ -4,13 +4,14 @@ One decision: there is no random state to keep, because every random number is m
 (`rollout.uniforms`, `update.mini_batches`). Tensors are safetensors, numbers JSON: nothing is unpickled.
 
 Layout of `checkpoint-N`: `policy.safetensors` and `critic.safetensors` (what is trained, by parameter name),
-`optimizer.<role>.safetensors` (`<index>.<name>` of each parameter's state), `numbers.json`, `metrics.jsonl`,
-`base.json`.
+`optimizer.<role>.safetensors` (`<index>.<name>` of each parameter's state; where it is divided one of each process,
+`optimizer.<role>-<process>.safetensors`), `numbers.json`, `metrics.jsonl`, `base.json`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from tasks.program import ProgramError
 from tasks.train.adapters import require_equal
 from tasks.train.online.advantages import RunningScores
-from tasks.train.online.update import Moved
+from tasks.train.online.moved import Moved
 
 NUMBERS = "numbers.json"
 
@@ -37,19 +38,39 @@ class Numbers:
     scores: RunningScores = field(default_factory=RunningScores)
 
 
-def required(roles: dict[str, Moved]) -> set[str]:
-    """The files of a whole checkpoint."""
-    names = [f"{prefix}{role}.safetensors" for role in roles for prefix in ("", "optimizer.")]
-    return {NUMBERS, *names}
+def required(roles: dict[str, Moved], ranks: Iterable[int]) -> set[str]:
+    """The files of a whole checkpoint.
+
+    Args:
+        roles: who is trained.
+        ranks: the processes of this machine.
+    """
+    states = [_optimizer_file(role, moved, rank) for role, moved in roles.items() for rank in ranks]
+    return {NUMBERS, *(f"{role}.safetensors" for role in roles), *states}
 
 
-def save(folder: Path, roles: dict[str, Moved], numbers: Numbers) -> None:
-    """Write the state of a run behind a step into an empty folder."""
+def _optimizer_file(role: str, moved: Moved, rank: int) -> str:
+    return f"optimizer.{role}.safetensors" if moved.owners is None else f"optimizer.{role}-{rank}.safetensors"
+
+
+def save(folder: Path, roles: dict[str, Moved], numbers: Numbers, first: bool = True) -> None:
+    """Write the state of a run behind a step into an empty folder.
+
+    Args:
+        folder: of the checkpoint; every process of a machine writes into the same one.
+        roles: who is trained.
+        numbers: what moves besides weights.
+        first: this process is the first of its machine, which writes what all of them have.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for role, moved in roles.items():
-        save_file({name: _plain(value) for name, value in moved.parameters.items()}, folder / f"{role}.safetensors")
-        save_file(_optimizer_state(moved.optimizer), folder / f"optimizer.{role}.safetensors")
-    (folder / NUMBERS).write_text(json.dumps(asdict(numbers), indent=1), encoding="utf-8")
+        if first:
+            save_file({name: _plain(value) for name, value in moved.parameters.items()}, folder / f"{role}.safetensors")
+        if first or moved.owners is not None:
+            state = _optimizer_state(moved.optimizer)
+            save_file(state, folder / _optimizer_file(role, moved, moved.ranks.index))
+    if first:
+        (folder / NUMBERS).write_text(json.dumps(asdict(numbers), indent=1), encoding="utf-8")
 
 
 def load(folder: Path, roles: dict[str, Moved]) -> Numbers:
@@ -64,7 +85,7 @@ def load(folder: Path, roles: dict[str, Moved]) -> Numbers:
         require_equal(folder, sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys()), sorted(others))
         for name, value in own.items():
             value.data.copy_(found[name])
-        _load_optimizer(moved.optimizer, load_file(folder / f"optimizer.{role}.safetensors"))
+        _load_optimizer(moved.optimizer, load_file(folder / _optimizer_file(role, moved, moved.ranks.index)))
     values: dict[str, Any] = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
     return Numbers(values["step"], values["kl_coef"], RunningScores(**values["scores"]))
 

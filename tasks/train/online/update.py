@@ -10,44 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.program import ProgramError
 from tasks.train.online.experience import Experience
 from tasks.train.online.inputs import Inputs, make_inputs
 from tasks.train.online.losses import BIGGEST, kl_loss, of_answers, policy_loss, shares, value_loss
+from tasks.train.online.moved import Moved, Ranks
 from tasks.train.online.roles import Judge, Roles
 from tasks.train.online.rollout import Sampling
 from tasks.train.online.scoring import Held, token_logps
 
 FIRST_RATIO = 1e-3  # of log-probabilities that are asked for twice; here they are equal, other kernels may round
-
-
-class Ranks(Protocol):
-    """What the processes of a run do together."""
-
-    index: int
-    count: int
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, on each."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Of this run's precision."""
-
-
-@dataclass
-class Moved:
-    """What is trained of a role, and what moves it."""
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
 
 
 def mini_batches(lengths: list[int], size: int, epoch: int, order: tuple[int, int]) -> Iterator[list[int]]:
@@ -129,7 +107,8 @@ class Update:
         """One update of policy and critic; and whether the policy has gone far enough for this step."""
         lengths = experience.mask[batch].sum(dim=1)
         mine = micro_batches(batch, self.micro_batch, self.ranks.index, self.ranks.count)
-        metrics = self._policy(experience, mine, lengths, made)
+        passes = len(micro_batches(batch, self.micro_batch, 0, self.ranks.count))
+        metrics = self._policy(experience, mine, passes, lengths, made)
         error = metrics.pop("first_error")
         if first and error > FIRST_RATIO:
             raise ProgramError(
@@ -139,23 +118,23 @@ class Update:
             )
         limit = self.settings.get("target_kl")
         if limit is not None and metrics["approx_kl"] > limit and not first:
-            for parameter in self.moved["policy"].parameters.values():
-                parameter.grad = None
+            self.moved["policy"].forget()
             return {name: metrics[name] for name in ("approx_kl", "ratio")}, True
         metrics["grad_norm"] = self._move("policy", step)
         if self.roles.critic is not None:
-            metrics |= self._critic(self.roles.critic, experience, mine, int(lengths.sum()))
+            metrics |= self._critic(self.roles.critic, experience, mine, passes, int(lengths.sum()))
             metrics["critic_grad_norm"] = self._move("critic", step)
         return metrics, False
 
     def _policy(
-        self, experience: Experience, mine: list[list[int]], batch: Tensor, made: Tensor | None
+        self, experience: Experience, mine: list[list[int]], passes: int, batch: Tensor, made: Tensor | None
     ) -> dict[str, float]:
         """Gradients of the policy's loss, and what its ratios are.
 
         Args:
             experience: of the step.
             mine: the answers of each micro-batch of this process.
+            passes: of the process that makes most.
             batch: tokens of each answer of the mini-batch.
             made: [k] log-probabilities of the only micro-batch, where they are there with gradients.
         """
@@ -175,17 +154,21 @@ class Update:
                 losses = losses + experience.kl_coef * kl_loss(change, logps - reference)
             losses = losses * shares(self.settings, lengths, batch)
             losses.sum().backward()
+            self.moved["policy"].passed()
             with torch.no_grad():
                 ratio = change.clamp(-BIGGEST, BIGGEST).exp()
                 values = (losses * batch.sum(), ratio, clipped, ratio - 1 - change)
                 sums += torch.stack([value.double().sum().cpu() for value in values])
                 error = max(error, float(change.abs().max()))
+        self.moved["policy"].finish(passes)
         device = self.roles.policy.device
         total = (self.ranks.sum(sums.to(device)) / int(batch.sum())).tolist()
         found = dict(zip(("policy_loss", "ratio", "clip_fraction", "approx_kl"), total, strict=True))
         return found | {"first_error": float(self.ranks.sum(torch.tensor(error, device=device)))}
 
-    def _critic(self, critic: Judge, experience: Experience, mine: list[list[int]], tokens: int) -> dict[str, float]:
+    def _critic(
+        self, critic: Judge, experience: Experience, mine: list[list[int]], passes: int, tokens: int
+    ) -> dict[str, float]:
         """Gradients of the critic's loss."""
         sums = torch.zeros(2, dtype=torch.float64)
         with critic.active():
@@ -196,7 +179,9 @@ class Update:
                     values = critic(inputs, inputs.drawn_from())
                 losses, clipped = value_loss(values, before, returns, self.settings["cliprange_value"])
                 (losses.sum() / tokens).backward()
+                self.moved["critic"].passed()
                 sums += torch.stack([losses.detach().double().sum().cpu(), clipped.double().sum().cpu()])
+        self.moved["critic"].finish(passes)
         total = (self.ranks.sum(sums.to(self.roles.policy.device)) / tokens).tolist()
         return dict(zip(("value_loss", "value_clip_fraction"), total, strict=True))
 
@@ -209,21 +194,12 @@ class Update:
         return [getattr(experience, name)[rows][mask].to(device) for name in names]
 
     def _move(self, role: str, step: int) -> float:
-        """Add the gradients of all processes up, and make a step; their norm."""
-        moved = self.moved[role]
-        parameters = list(moved.parameters.values())
-        for parameter in parameters:
-            if parameter.grad is None:  # this process had none of the mini-batch
-                parameter.grad = torch.zeros_like(parameter)
-            if self.ranks.count > 1:
-                parameter.grad = self.ranks.sum(parameter.grad)
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.settings["max_grad_norm"]))
+        """Make a step by the gradients of all processes; their norm."""
+        norm = self.moved[role].move(self.settings["max_grad_norm"])
         if not math.isfinite(norm):
             raise ProgramError(
                 "not_finite",
                 f"the gradient of the {role} is not finite at step {step}. Lower learning_rate or max_grad_norm, or "
                 "look at the scores of its answers.",
             )
-        moved.optimizer.step()
-        moved.optimizer.zero_grad(set_to_none=True)
         return norm

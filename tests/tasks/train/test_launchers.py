@@ -34,6 +34,7 @@ STEPS = 4
 KILLED: dict[str, Any] = {"max_steps": 20, "finetuning_type": "lora"}
 SHORT: dict[str, Any] = {"per_device_train_batch_size": 1, "num_train_epochs": 2.0, "max_steps": None, "save_steps": 2}
 PPO: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 2, "ppo_buffer_size": 2, "ppo_score_norm": True}
+UNEVEN: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 5, "micro_batch": 2, "learning_rate": 1e-4}
 RUNS = [
     *((stage, method, launcher) for stage, method in (("sft", "lora"), ("sft", "full"), ("dpo", "lora"))
       for launcher in ("ddp", "zero2", "zero3")),
@@ -113,6 +114,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     specs.append(str(made.spec("short-given", "sft", shards="short", **SHORT, **pair)))
     ppo.train(made.folder / "ppo-one", {"base": made.base}, **PPO, gradient_accumulation_steps=2)
     specs += [str(ppo.make_spec(made.folder / "ppo-two", {"base": made.base}, **PPO, nproc_per_node=2))] * 2
+    for way in ("zero1", "zero2"):  # each is named twice: the second one goes on from a checkpoint
+        pair = {"nproc_per_node": 2, "deepspeed": way}
+        specs += [str(ppo.make_spec(made.folder / f"ppo-{way}", {"base": made.base}, **PPO, **pair))] * 2
+    for name, fields in (("plain", {}), ("zero2", {"deepspeed": "zero2"})):
+        fields |= {"nproc_per_node": 2, "finetuning_type": "full"}
+        specs.append(str(ppo.make_spec(made.folder / f"uneven-{name}", {"base": made.base}, **UNEVEN, **fields)))
     several = write_spec(made.folder / "several", {"specs": specs}, {}, {})
     launch(several, "tests.tasks.train.several", processes=2, deadline=600)
     return made
@@ -189,6 +196,37 @@ def test_two_processes_draw_score_and_learn_as_one_does(runs: Runs) -> None:
     output = runs.folder / "ppo-two" / "output"
     assert json.loads((output / "report" / "resume.json").read_text()) == {"resumed_from": 2}
     assert files(output) == files(output.with_name("output-before"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero1", "zero2"])
+def test_a_divided_state_gives_the_bytes_of_one_that_is_not_and_is_resumed(runs: Runs, way: str) -> None:
+    output = runs.folder / f"ppo-{way}" / "output"
+    assert ppo.lines(runs.folder / f"ppo-{way}") == ppo.lines(runs.folder / "ppo-two")
+    weights = [path.name for path in output.glob("*.safetensors")]
+    assert len(weights) == 1
+    assert files(output)[weights[0]] == files(runs.folder / "ppo-two" / "output")[weights[0]]
+    assert json.loads((output / "report" / "resume.json").read_text()) == {"resumed_from": 2}
+    assert files(output) == files(output.with_name("output-before"))
+    checkpoint = runs.folder / f"ppo-{way}" / "scratch" / "checkpoints" / "checkpoint-4"
+    whole, *parts = (
+        {name: value.numel() for name, value in load_file(path).items() if value.ndim}
+        for path in (
+            runs.folder / "ppo-two" / "scratch" / "checkpoints" / "checkpoint-4" / "optimizer.policy.safetensors",
+            *(checkpoint / f"optimizer.policy-{rank}.safetensors" for rank in (0, 1)),
+        )
+    )
+    assert sum(map(len, parts)) == len(whole)
+    assert sum(sum(part.values()) for part in parts) == sum(whole.values())
+    assert max(sum(part.values()) for part in parts) < 0.55 * sum(whole.values())
+
+
+@pytest.mark.slow
+def test_processes_with_unequal_numbers_of_micro_batches_divide_gradients_too(runs: Runs) -> None:
+    plain, divided = (ppo.lines(runs.folder / f"uneven-{name}") for name in ("plain", "zero2"))
+    assert len(plain) == len(divided) == 4
+    for line, wanted in zip(divided, plain, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow

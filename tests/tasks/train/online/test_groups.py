@@ -16,10 +16,11 @@ from tasks.train.online.experience import Experience, learn_from
 from tasks.train.online.groups import group_advantages, group_metrics, leave_one_out
 from tasks.train.online.inputs import Answered
 from tasks.train.online.losses import kl_loss, of_answers, shares
+from tasks.train.online.moved import Moved
 from tasks.train.online.roles import Roles, make_roles
 from tasks.train.online.rollout import Sampling
 from tasks.train.online.scoring import Scored, score
-from tasks.train.online.update import Moved, Update
+from tasks.train.online.update import Update
 from tests.tasks.train.online.runs import LOW, make_spec, train
 from tests.tasks.train.online.test_update import Alone
 from tests.tiny import read_lines, tiny_model
@@ -81,7 +82,7 @@ def learned(folder: Path, base: Path, given: dict[str, Any], micro_batch: int) -
     moved = move(roles)
     values = dict(moved.named_parameters())
     update = Update(
-        roles, {"policy": Moved(values, torch.optim.SGD(values.values(), lr=0.0))}, given, micro_batch, Alone()
+        roles, {"policy": Moved(values, torch.optim.SGD(values.values(), lr=0.0), Alone())}, given, micro_batch, Alone()
     )
     kept: dict[str, Any] = {}
     for name, value in values.items():

@@ -14,10 +14,11 @@ from tasks.train.online.advantages import RunningScores
 from tasks.train.online.experience import explained_variance, final_scores, learn_from
 from tasks.train.online.inputs import Answered, make_inputs
 from tasks.train.online.losses import policy_loss, value_loss
+from tasks.train.online.moved import Moved
 from tasks.train.online.roles import Roles, make_roles
 from tasks.train.online.rollout import Sampling
 from tasks.train.online.scoring import drawn_logits, entropies, score, token_logps
-from tasks.train.online.update import Moved, Update, micro_batches, mini_batches
+from tasks.train.online.update import Update, micro_batches, mini_batches
 from tests.tasks.train.online.runs import LOW, make_spec
 from tests.tiny import tiny_model
 
@@ -38,6 +39,11 @@ class Alone:
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         return value
+
+    def sum_for(self, owner: int, value: torch.Tensor) -> None:
+        raise AssertionError("nothing is divided")
+
+    share = sum_for
 
     def autocast(self) -> Any:
         return torch.autocast("cpu", enabled=False)
@@ -61,7 +67,7 @@ def gradients(folder: Path, base: Path, micro_batch: int, answers: list[Answered
     """Gradients of policy and critic from one mini-batch, before anything moves."""
     roles = roles_of(folder, base, finetuning_type="full", seed=1)
     moved = {
-        name: Moved(values, torch.optim.SGD(values.values(), lr=0.0))
+        name: Moved(values, torch.optim.SGD(values.values(), lr=0.0), Alone())
         for name, values in (
             ("policy", dict(roles.policy.named_parameters())),
             ("critic", roles.critic.parameters()),
@@ -128,10 +134,12 @@ def test_the_first_pass_of_a_step_has_a_ratio_of_exactly_1_and_another_policy_is
         "policy": Moved(
             values := {name: value for name, value in roles.policy.named_parameters() if value.requires_grad},
             torch.optim.SGD(values.values(), lr=0.1),
+            Alone(),
         ),
         "critic": Moved(
             values := roles.critic.parameters(),
             torch.optim.SGD(values.values(), lr=0.1),
+            Alone(),
         ),
     }
     update = Update(roles, moved, settings(), 4, Alone())
@@ -149,8 +157,8 @@ def test_updates_end_where_the_policy_has_gone_far_enough(base: Path, tmp_path: 
     values = {name: value for name, value in roles.policy.named_parameters() if value.requires_grad}
     critic = roles.critic.parameters()
     moved = {
-        "policy": Moved(values, torch.optim.Adam(values.values(), lr=0.05)),
-        "critic": Moved(critic, torch.optim.Adam(critic.values(), lr=0.05)),
+        "policy": Moved(values, torch.optim.Adam(values.values(), lr=0.05), Alone()),
+        "critic": Moved(critic, torch.optim.Adam(critic.values(), lr=0.05), Alone()),
     }
     update = Update(roles, moved, settings(ppo_epochs=6, target_kl=0.02), 4, Alone())
     order = next(mini_batches([len(item) for item in ANSWERS], 4, 0, (0, 1)))
