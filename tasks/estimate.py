@@ -1,4 +1,4 @@
-"""What a training will take: memory of a device by its parts, and floating-point operations.
+"""What a training will take of a device's memory, by its parts.
 
 One decision: everything follows from the shapes of the weights, the settings and the largest batch. Nothing is loaded
 and nothing is tried, so `plan` can say it before there is anything to run, and the training program measures it.
@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from registry.combinations import ONLINE, WITH_REFERENCE
+from registry.combinations import ONLINE, WITH_REFERENCE, WITHOUT_CRITIC
 from registry.deepspeed import zero_stage
 from registry.optimizers import OPTIMIZERS
 from tasks.architecture import SCORE, Architecture, layer_of, wrapped
@@ -23,7 +23,9 @@ from tasks.architecture import SCORE, Architecture, layer_of, wrapped
 GIB = 2**30
 SINGLE, HALF = 4, 2  # bytes of a float32 and of a bfloat16 number
 BLOCK = 64  # weights with one scale of their own in 4 bits (QLoRA, arXiv:2305.14314); 256 scales with one of theirs
-HOLES = {"lora": 0.93, "full": 0.45, "drawing": 0.46}  # measured with glibc 2.36, share of what the layers keep
+# measured with glibc 2.36, shares of what the layers keep; of a critic's pass little fits where the policy's was
+HOLES = {"lora": 0.93, "full": 0.45, "critic": 0.93, "drawing": 0.62}
+WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # families
 FIRST_USE = 0.055 * GIB  # measured: what libraries load and set up at their first product
 
 
@@ -173,8 +175,9 @@ def overhead(model: Architecture, settings: dict[str, Any], batch: LargestBatch,
     if cuda:
         return 0.0, 0.0
     method = "lora" if settings["finetuning_type"] == "lora" else "full"
-    holes = HOLES["drawing" if settings["stage"] in ONLINE else method]
-    left = FIRST_USE + holes * _kept_by_layer(model, settings, batch) * _layers_passed(model, settings)
+    online = "drawing" if settings["stage"] in WITHOUT_CRITIC else "critic"
+    holes = HOLES[online if settings["stage"] in ONLINE else method]
+    left = FIRST_USE + holes * _kept_by_layer(model, settings, batch) * layers_passed(model, settings)
     held = HALF if settings["bf16"] and settings["finetuning_type"] != "full" else SINGLE
     as_stored = held == model.stored_bytes and "quant_bit" not in settings
     return left, 0.0 if as_stored else float(model.stored_bytes * model.parameters())
@@ -284,7 +287,7 @@ def kept_and_passing(
     """
     tokens = batch.texts * batch.longest
     size, lora = HALF if settings["bf16"] else SINGLE, settings["finetuning_type"] == "lora"
-    layers = _layers_passed(model, settings)
+    layers = layers_passed(model, settings)
     per_layer = _kept_by_layer(model, settings, batch)
     logits = SINGLE * batch.trained * model.vocabulary if settings["stage"] != "rm" else 0.0
     stream = SINGLE if not lora or not settings["bf16"] else HALF
@@ -292,14 +295,15 @@ def kept_and_passing(
     # the last norm and its output; LoRA keeps what goes in, and of the first norm nothing, as nothing moves before it
     kept += logits + (0 if lora else tokens * model.hidden * 3 * SINGLE)
     casts = 0.0
-    if settings["bf16"]:  # autocast keeps a bfloat16 form of every trained matrix until the step's backward pass
+    # autocast keeps a bfloat16 form of every trained matrix until the step's backward pass
+    if settings["bf16"] and not writes_out(model, settings):
         trained = trained_weights(model, settings)
         casts = HALF * sum(size for name, size in trained.items() if len(model.tensors.get(name, (1, 1))) == 2)
     width = model.intermediate * (2 if model.gated() else 1)
     return kept + casts, _Passing(2 * logits, logits, tokens * size * (width + model.hidden))
 
 
-def _layers_passed(model: Architecture, settings: dict[str, Any]) -> int:
+def layers_passed(model: Architecture, settings: dict[str, Any]) -> int:
     """Decoder layers that the backward pass goes through: those from the first one with a trained weight on."""
     if settings["finetuning_type"] != "freeze":
         return model.layers
@@ -323,16 +327,25 @@ def _kept_by_layer(model: Architecture, settings: dict[str, Any], batch: Largest
     * bf16 full: every linear module has its own bfloat16 form of its input, 5 h. LoRA: so has every matrix A, where its
       input is not bfloat16 of one tensor, 5 h + q.
     * LoRA: what A gives, its rank, per wrapped module.
+    * stages that draw answers, of models like Llama: no mask and nothing repeated (`tasks.train.online.attention`).
+    * LoRA where `writes_out`: of the MLP the two projections only, 2 i, and of each norm what goes in and what comes
+      out, once for all that use it, 4 h.
     """
     tokens, bf16 = batch.texts * batch.longest, settings["bf16"]
     h, i = model.hidden, model.intermediate
     q, k = model.heads * model.head_dim, model.key_value_heads * model.head_dim
     size = HALF if bf16 else SINGLE
-    numbers = 2.0 * q + (2 * q if batch.masked else 2 * k) + (batch.longest if batch.masked else 0)
-    numbers += (4 if model.gated() else 2) * i
-    single = float(model.heads + 2)
-    if settings["finetuning_type"] == "lora":
-        modules = {name for name in wrapped(model, settings["lora_target"]) if (layer_of(f"{name}.") or 0) == 0}
+    numbers, single = (
+        2.0 * q + (2 * q if batch.masked else 2 * k) + (batch.longest if batch.masked else 0),
+        1.0 * model.heads,
+    )
+    if settings["stage"] in ONLINE and model.family in WRITTEN_OUT:
+        numbers, single = 2.0 * q + 2 * k, 0.0
+    numbers, single = numbers + (4 if model.gated() else 2) * i, single + 2
+    if writes_out(model, settings):
+        numbers += 4 * h - 2 * i + settings["lora_rank"] * len(_of_first_layer(model, settings))
+    elif settings["finetuning_type"] == "lora":
+        modules = _of_first_layer(model, settings)
         numbers += settings["lora_rank"] * len(modules)
         single += 2 * h
         numbers += _inputs_of_matrices(modules, h, q) if bf16 else min(2, len(modules)) * h
@@ -342,6 +355,21 @@ def _kept_by_layer(model: Architecture, settings: dict[str, Any], batch: Largest
     return tokens * (numbers * size + single * SINGLE)
 
 
+def writes_out(model: Architecture, settings: dict[str, Any]) -> bool:
+    """Whether gradients are written out so that less is kept (`tasks.train.fast_lora`, `tasks.train.norms`).
+
+    It is so for models like Llama in stages that draw answers, where all linear modules of a layer have plain adapters.
+    """
+    plain = settings["finetuning_type"] == "lora" and not settings["use_dora"] and "quant_bit" not in settings
+    everything = plain and len(_of_first_layer(model, settings)) == sum(layer_of(f"{n}.") == 0 for n in model.linear())
+    return everything and settings["stage"] in ONLINE and model.family in WRITTEN_OUT
+
+
+def _of_first_layer(model: Architecture, settings: dict[str, Any]) -> set[str]:
+    """The modules of the first layer that LoRA wraps; of a model without numbered layers, all."""
+    return {name for name in wrapped(model, settings["lora_target"]) if (layer_of(f"{name}.") or 0) == 0}
+
+
 def _inputs_of_matrices(modules: set[str], h: int, q: int) -> float:
     """Numbers per token of the inputs that LoRA's matrices keep in bf16: one form of its own for every module; that of
     the last projection of the MLP takes the place of the product."""
@@ -349,47 +377,3 @@ def _inputs_of_matrices(modules: set[str], h: int, q: int) -> float:
     outer = sum(name in ("o_proj", "wo", "dense", "out_proj") for name in ends)
     last = sum(name in ("down_proj", "fc2", "w2", "dense_4h_to_h") for name in ends)
     return (len(ends) - outer - last) * h + outer * q
-
-
-def step_flops(
-    model: Architecture, settings: dict[str, Any], tokens: int, trained_tokens: int, squared_lengths: int
-) -> float:
-    """Floating-point operations that one optimizer step needs.
-
-    A matrix of N weights takes 2 N operations per token forward, 2 N backward for its input and, where it is trained,
-    2 N for itself: 6 N when everything is. Attention over s tokens takes 4 L q s forward and twice that backward, L
-    layers of q = heads x head_dim: together the 6 N + 12 L q s per token of the source. What differs here: a frozen
-    matrix takes 4 N, LoRA's own 6 times theirs; layers below the first trained one have no backward pass; the output
-    head works on trained positions only; a row is as long as it is and not as its batch; forward passes of a reference
-    are counted. Activations computed a second time are not: they are no work of the model's.
-
-    One layer of a [4, 3] matrix beside q = 2 and a [5, 3] head, all trained, two rows of 2 tokens, 2 of the 4 tokens
-    trained: 6 x 12 x 4 + 6 x 15 x 2 + 12 x 1 x 2 x (4 + 4) = 288 + 180 + 192 = 660.
-
-    Args:
-        model: as it is in its files.
-        settings: `TrainSettings.identity()`.
-        tokens: of the step, all processes.
-        trained_tokens: those with a label.
-        squared_lengths: sum of the squared lengths of its rows.
-
-    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
-    """
-    model = model.for_scores() if settings["stage"] == "rm" else model
-    trained = trained_weights(model, settings)
-    layers, passed = model.layers, _layers_passed(model, settings)
-    body = sum(math.prod(shape) for shape in model.linear().values()) + model.experts() * model.active_experts
-    matrices = sum(size for name, size in trained.items() if name.endswith(".lora"))
-    linear = model.linear()
-    moved = float(sum(size for name, size in trained.items() if name.removesuffix(".weight") in linear))
-    moved += model.active_experts * sum(size for name, size in trained.items() if ".experts." in name)
-    head = 0 if settings["stage"] == "rm" else model.hidden * model.vocabulary
-    attention = 4.0 * layers * model.heads * model.head_dim * squared_lengths
-    forward = 2.0 * body * tokens + 2.0 * head * trained_tokens + attention
-    share = passed / layers
-    backward = share * (2.0 * body * tokens + 2.0 * attention) + 2.0 * head * trained_tokens
-    backward += 2.0 * moved * tokens + (2.0 * head * trained_tokens if of_head(model, trained) else 0.0)
-    frozen = 0
-    if has_reference(settings):  # kto estimates its distance with one more pass of both over rows as long
-        frozen = 3 if settings["stage"] == "kto" else 1
-    return forward * (1 + frozen) + backward + 6.0 * matrices * tokens

@@ -22,7 +22,7 @@ from tasks.steps import RESUME_FILE, Input, Step, Work, behind
 from tasks.train.given import GIVEN, GIVEN_WEIGHTS, REWARD_MODEL
 
 TRAIN_VERSION = 2  # an adapter belongs to weights, not to all files beside them
-ONLINE_VERSION = 3  # in bfloat16 an adapter's multiple is rounded once, and attention has float32 gradients
+ONLINE_VERSION = 4  # rows lie in a line, norms' gradients are written out, all gradients' norm is that of each one's
 MERGE_VERSION = 1  # first form
 PROGRAMS = dict.fromkeys(ONLINE, "tasks.train.online.program")
 """Stage → its program, where that is not the one that trains on given rows."""

@@ -1,11 +1,12 @@
-"""LoRA and small matrix products with less memory traffic, and the same numbers but for rounding.
+"""LoRA and small matrix products with less memory and traffic, and the same numbers but for rounding.
 
 Few rows are multiplied from the other side, (W xᵀ)ᵀ: the matrix is then read once, in its own order. Measured as below,
 µs for 8, 16, 24 rows: 498, 511, 554 instead of 599, 1235, 1306.
 
 One decision: only the plain case is replaced (float weights, one active adapter, no dropout, no DoRA, no bias of LoRA's
 own); every other layer keeps PEFT's forward. PEFT makes three tensors of the output's size per layer (B A x, its
-multiple, the sum); here the rank-sized tensor is scaled, and the product is added in place.
+multiple, the sum); here the rank-sized tensor is scaled, and the product is added in place. Of a gated MLP that ends in
+such a layer two tensors are kept for gradients instead of four.
 
 Measured on 2 cores, float32, 576 tokens, 576 → 1536, rank 8: 0.37 ms instead of 0.92 ms beside the 6.8 ms of W x.
 """
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 FEW_ROWS = 64  # on the processor; above it there is nothing to gain
+GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP"}  # of transformers: down(act(gate(x)) * up(x))
 
 
 def speed_up(model: Any) -> int:
@@ -31,6 +33,9 @@ def speed_up(model: Any) -> int:
     found = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
     for module in found:
         module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]
+    for module in model.modules():
+        if type(module).__name__ in GATED and module.config.hidden_act == "silu" and module.down_proj in found:
+            module.forward = partial(_gated, module)
     return len(found)
 
 
@@ -51,53 +56,89 @@ def _forward(layer: Any, plain: Any, x: Tensor, *arguments: Any, **keywords: Any
     active = _active(layer)
     if layer.disable_adapters or not active:
         return _drawn(layer.base_layer, None, x)
-    if len(active) > 1 or arguments or keywords or layer.merged:
+    if len(active) > 1 or arguments or keywords or not _is_written(layer, x):
         return plain(x, *arguments, **keywords)
-    (name,) = active
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     if torch.is_autocast_enabled(x.device.type):
-        result: Tensor = _InLowerPrecision.apply(x, layer.base_layer, down, up, layer.scaling[name])
-        return result
-    if x.dtype != down.dtype:
-        return plain(x)
+        return _written(layer, x)
+    down, up, scaling = _adapter(layer)
     if _few(layer.base_layer, x):
         columns = x.reshape(-1, x.shape[-1]).t()
-        result = (layer.base_layer.weight @ columns).addmm_(up, down @ columns, alpha=layer.scaling[name])
+        result = (layer.base_layer.weight @ columns).addmm_(up, down @ columns, alpha=scaling)
         return _as_rows(result, x)
     result = layer.base_layer(x)
-    small = linear(x, down) * layer.scaling[name]
+    small = linear(x, down) * scaling
     result.view(-1, result.shape[-1]).addmm_(small.reshape(-1, small.shape[-1]), up.t())
     return result
 
 
-class _InLowerPrecision(torch.autograd.Function):
-    """The same under autocast, every product in the dtype of W; gradients of A and B are float32.
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    """y = down(silu(gate(x)) · up(x)); for its gradients two tensors [tokens, i] are kept instead of four."""
+    layer, gate, up = mlp.down_proj, mlp.gate_proj(x), mlp.up_proj(x)
+    if torch.is_grad_enabled() and _is_written(layer, up) and not _few(layer.base_layer, up):
+        return _written(layer, up, gate)
+    result: Tensor = layer(mlp.act_fn(gate) * up)
+    return result
+
+
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _adapter(layer: Any) -> tuple[Tensor, Tensor, float]:
+    """A, B and s of the only one that is active."""
+    (name,) = _active(layer)
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+def _is_written(layer: Any, x: Tensor) -> bool:
+    """Whether one adapter is active, and all is of one dtype or autocast makes it so."""
+    if layer.disable_adapters or layer.merged or len(_active(layer)) != 1:
+        return False
+    return torch.is_autocast_enabled(x.device.type) or x.dtype == _adapter(layer)[0].dtype
+
+
+def _written(layer: Any, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    result: Tensor = _WrittenOut.apply(layer.base_layer, *_adapter(layer), x, gate)
+    return result
+
+
+class _WrittenOut(torch.autograd.Function):
+    """The same with its gradients, every product in the dtype of W; those of A and B have their own dtype.
+
+    With a gate, x is silu(gate) · x, which is made again for the gradients.
 
     Written out, because autograd would go through a dozen casts, views and transpositions for each layer: one pass of
     SmolLM2-135M over 424 tokens and back took 1.2 s, of which half were products with W.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        weight, rows = base.weight, x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
+    def forward(
+        ctx: Any, base: nn.Linear, down: Tensor, up: Tensor, scaling: float, x: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        weight, whole = base.weight, x if gate is None else silu(gate) * x
+        rows = whole.reshape(-1, x.shape[-1]).to(weight.dtype)
         small = linear(rows, down.to(weight.dtype)) * scaling
         result = linear(rows, weight, base.bias).addmm_(small, up.to(weight.dtype).t())
-        ctx.save_for_backward(rows, small, down, up)
+        ctx.save_for_backward(small, down, up, *((rows,) if gate is None else (x, gate)))
         ctx.weight, ctx.scaling, ctx.like = weight, scaling, (x.shape, x.dtype)
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, small, down, up = ctx.saved_tensors
+        small, down, up, *kept = ctx.saved_tensors
         weight, (shape, dtype) = ctx.weight, ctx.like
         gradient = gradient.reshape(-1, gradient.shape[-1])
         to_small = (gradient @ up.to(weight.dtype)) * ctx.scaling
-        to_x = to_down = to_up = None
-        if ctx.needs_input_grad[0]:
+        to_x = to_gate = to_down = to_up = None
+        if any(ctx.needs_input_grad[4:]):
             to_x = (gradient @ weight).addmm_(to_small, down.to(weight.dtype)).view(shape).to(dtype)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[1]:
+            rows = kept[0] if len(kept) == 1 else (silu(kept[1]) * kept[0]).view(-1, shape[-1]).to(weight.dtype)
             to_down, to_up = (to_small.t() @ rows).to(down.dtype), (gradient.t() @ small).to(up.dtype)
-        return to_x, None, to_down, to_up, None
+        if len(kept) == 2 and to_x is not None:
+            x, gate = kept
+            to_x, to_gate = to_x * silu(gate), torch.ops.aten.silu_backward(to_x * x, gate)
+        return None, to_down, to_up, None, to_x, to_gate
 
 
 def _few(base: nn.Linear, x: Tensor) -> bool:
@@ -145,16 +186,11 @@ def _is_quick(module: Any, autocast: bool) -> bool:
     return len(_active(module)) == 1 and not module.disable_adapters and not module.merged
 
 
-def _active(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
 def _drawing_forward(module: Any) -> Callable[[Tensor], Tensor]:
     if type(module) is nn.Linear:
         return partial(_drawn, module, None)
-    (name,), weight = _active(module), module.base_layer.weight
-    down = (module.lora_A[name].weight * module.scaling[name]).to(weight.dtype)
-    return partial(_drawn, module.base_layer, (down, module.lora_B[name].weight.to(weight.dtype).t()))
+    (down, up, scaling), weight = _adapter(module), module.base_layer.weight
+    return partial(_drawn, module.base_layer, ((down * scaling).to(weight.dtype), up.to(weight.dtype).t()))
 
 
 def _drawn(base: nn.Linear, adapter: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor:

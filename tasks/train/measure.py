@@ -15,7 +15,8 @@ import torch
 
 from registry.peak_flops import BF16_PEAKS
 from tasks.architecture import Architecture
-from tasks.estimate import GIB, step_flops
+from tasks.estimate import GIB
+from tasks.operations import step_flops
 
 if TYPE_CHECKING:
     from tasks.train.trainer import StepCounts

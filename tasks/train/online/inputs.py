@@ -1,72 +1,34 @@
-"""Prompts and answers side by side; what they begin with in common goes through the model once, gradients included.
+"""Prompts and answers in one line; what they begin with in common is there once, gradients included.
 
-One decision: a micro-batch is a chain of forward passes, each of which finds the keys and values of the ones before it.
-The system message of a template is one row instead of as many as there are prompts, and a prompt with several answers
-one instead of several. It is the same sum but for rounding, so it is done wherever a model's layers keep keys and
-values in the plain way; which is known from its configuration, so a run always does the same.
+One decision: a micro-batch is one row of tokens without pads, and only attention knows which of them belong together
+(`attention`). The system message of a template is there once instead of for every prompt, and a prompt with several
+answers once instead of for each. It is the same sum but for rounding, so it is done wherever a model can read it, and a
+run always does the same.
 
 Example, answers `x y`, `z` to the prompt `s s a .` and `w` to `s s b c .`; an answer is drawn from what comes before
-it, so the last token of a prompt belongs to the last pass::
+it, so the last token of a prompt is in the row of its answer::
 
-    pass 1   s s                rows 0
-    pass 2   a _ , b c          rows 0 0        which rows of the pass before it they go on from
-    pass 3   . x y, . z _, . w  rows 0 0 1
+    line     s s a b c . x y . z . w
+    level 1  s s                        look at themselves
+    level 2  a, b c                     and at s s
+    level 3  . x y, . z, . w            and at s s a, s s a, s s b c
 
-Legend: r rows, k tokens of the passes before, q tokens of the longest row.
+Legend: t tokens of a line, b rows, s tokens of the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tasks.sequences import FEWEST, IGNORED, common
 from tasks.train.likelihood import body_of
-
-
-class _Beginning(DynamicLayer):
-    """Keys and values of a layer for one pass. What it is given is not added to what it has: a layer that is computed
-    again for its gradients finds the same."""
-
-    made: tuple[Tensor, Tensor]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Those of the passes before and the new ones, [r, heads, k + q, size] each."""
-        if self.keys is None or self.values is None:
-            self.made = key_states, value_states
-        else:
-            self.made = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
-        return self.made
-
-    def rows(self, index: Tensor) -> _Beginning:
-        """What was made, of some rows, for the next pass."""
-        found = _Beginning()
-        found.keys, found.values = (made.index_select(0, index) for made in self.made)
-        found.is_initialized = True
-        return found
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Rows side by side, padded on the right."""
-
-    ids: Tensor
-    """[r, q] int64."""
-    mask: Tensor
-    """[r, k + q] int64: 0 for pads, those of passes before too."""
-    rows: Tensor
-    """[r] int64, of the pass before."""
-
-    def arguments(self) -> dict[str, Tensor]:
-        """For a model's forward."""
-        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
-        return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": positions}
+from tasks.train.online.attention import IN_LINE, Line, make_line
 
 
 @dataclass(frozen=True)
@@ -91,87 +53,111 @@ class Answered:
 class Inputs:
     """Prompts and answers of a micro-batch."""
 
-    shared: tuple[Pass, ...]
-    """What goes ahead; mostly one or two, none where rows have nothing in common."""
-    last: Pass
-    """It has all positions that answers are drawn from, and their ends."""
+    ids: Tensor
+    """int64 [1, t], or [b, s] where they do not lie in a line."""
     labels: Tensor
-    """[r, q] int64 of the last pass: the answers' tokens, `IGNORED` elsewhere."""
+    """int64, of the same shape: the answers' tokens, row by row, `IGNORED` elsewhere."""
+    given: dict[str, Tensor]
+    """In a line `position_ids` [1, t]; else, where rows are padded on the right, `attention_mask` [b, s]."""
+    line: Line | None
+    """Who looks at whom."""
 
     def drawn_from(self) -> Tensor:
-        """[r, q] bool: the positions from which an answer's tokens were drawn, each one ahead of its token."""
+        """Bool, of the shape of `ids`: positions from which answers' tokens were drawn, each one ahead of its token."""
         places = torch.zeros_like(self.labels, dtype=torch.bool)
         places[:, :-1] = self.labels[:, 1:] != IGNORED
         return places
 
     def ends(self) -> Tensor:
-        """[r, q] bool: the last real token of each row, found by the answer, never by the id of a pad token."""
+        """Bool, of the shape of `ids`: the last token of each answer, found by the answer, never by a pad's id."""
         answered = self.labels != IGNORED
-        steps = torch.arange(answered.shape[1], device=answered.device)
-        return steps == (answered * steps).argmax(dim=1, keepdim=True)
+        last = answered.clone()
+        last[:, :-1] &= ~answered[:, 1:]
+        return last
 
     def arguments(self, model: Any) -> dict[str, Any]:
-        """For the last pass; those before it are made here, by the model as it is now."""
-        if not self.shared:
-            mask = {} if bool(self.last.mask.all()) else {"attention_mask": self.last.mask}
-            return {"input_ids": self.last.ids, "use_cache": False} | mask
-        body = body_of(model)
-        layers = [_Beginning() for _ in range(body.config.get_text_config().num_hidden_layers)]
-        for item, following in pairwise([*self.shared, self.last]):
-            body(**item.arguments(), cache=Cache(layers=list(layers)), use_cache=False)
-            layers = [layer.rows(following.rows) for layer in layers]
-        return self.last.arguments() | {"cache": Cache(layers=list(layers)), "use_cache": False}
+        """For the model's forward.
+
+        Raises:
+            ValueError: the model does not read lines, and would take all rows for one.
+        """
+        given = {"input_ids": self.ids, "use_cache": False} | self.given
+        if self.line is None:
+            return given
+        if _config(model)._attn_implementation != IN_LINE:
+            raise ValueError("reads_lines is to be asked first")
+        # a mask of four dimensions is taken as it is; nobody looks at it
+        return given | {"line": self.line, "attention_mask": self.ids.new_ones(1, 1, 1, 1)}
 
 
-def shares_beginnings(model: Any) -> bool:
-    """Whether rows can share beginnings: every layer keeps keys and values, all of them, and attention is PyTorch's.
+def _config(model: Any) -> Any:
+    return body_of(model).config.get_text_config()
 
-    Layers that are computed again for their gradients are told that they may read what is kept.
+
+def reads_lines(model: Any) -> bool:
+    """Let a model read rows that lie in one line; whether it can.
+
+    It can where every layer keeps all keys and values, and asks transformers' registry for PyTorch's attention.
     """
-    body = body_of(model)
-    config = body.config.get_text_config()
+    body, config = body_of(model), _config(model)
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    if not plain or config._attn_implementation not in ("sdpa", "eager") or getattr(body, "_is_stateful", False):
+    if not plain or not body._supports_attention_backend or getattr(body, "_is_stateful", False):
         return False
-    for module in body.modules():
-        if hasattr(module, "_can_checkpoint_with_cache"):
-            module._can_checkpoint_with_cache = True
-    return True
+    if config._attn_implementation not in ("sdpa", IN_LINE):
+        return False
+    config._attn_implementation = IN_LINE
+    tried = make_inputs([Answered(0, [0, 0], [0], True, None)] * 2, model.device, True)
+    assert tried.line is not None
+    with torch.no_grad():
+        body(**tried.arguments(model))
+    if tried.line.layers == config.num_hidden_layers:
+        return True
+    config._attn_implementation = "sdpa"
+    return False
 
 
 def make_inputs(answers: Sequence[Answered], device: torch.device, share: bool) -> Inputs:
-    """The passes of a micro-batch.
+    """The tokens of a micro-batch.
 
     Args:
         answers: its rows.
         device: of the model.
-        share: what rows have in common is computed once.
+        share: they lie in a line, for models that read it.
     """
-    starts, places, shared = [0] * len(answers), [0] * len(answers), list[Pass]()
-    if share and len(answers) > 1:
-        heads = [tuple(item.prompt[:-1]) for item in answers]
-        unique = list(dict.fromkeys(heads))
-        start = common(unique)
-        if start:
-            shared.append(_pass([unique[0][:start]], None, [0], device))
-            starts = [start] * len(answers)
-        longest = max(map(len, unique)) - starts[0]
-        if len(unique) < len(heads) and longest >= FEWEST and all(unique):
-            before = shared[-1].mask if shared else None
-            shared.append(_pass([head[starts[0] :] for head in unique], before, [0] * len(unique), device))
-            starts, places = [len(head) for head in heads], [unique.index(head) for head in heads]
-    rows = list(zip(answers, starts, strict=True))
-    rests = [item.prompt[start:] + item.answer for item, start in rows]
-    labels = [[IGNORED] * (len(item.prompt) - start) + item.answer for item, start in rows]
-    last = _pass(rests, shared[-1].mask if shared else None, places, device)
-    width = last.ids.shape[1]
-    filled = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels], device=device)
-    return Inputs(tuple(shared), last, filled)
+    if not share:
+        return _side_by_side(answers, device)
+    ids, positions, levels = list[int](), list[int](), list[list[tuple[list[int], list[int]]]]()
+
+    def lay(rows: Sequence[Sequence[int]], before: Sequence[list[int]]) -> list[list[int]]:
+        """Lay rows behind what there is; all places that each has looked at then."""
+        found = []
+        for row, ahead in zip(rows, before, strict=True):
+            own = list(range(len(ids), len(ids) + len(row)))
+            ids.extend(row)
+            positions.extend(range(len(ahead), len(ahead) + len(row)))
+            found.append((ahead, own))
+        levels.append(found)
+        return [ahead + own for ahead, own in found]
+
+    heads = [tuple(item.prompt[:-1]) for item in answers]
+    unique = list(dict.fromkeys(heads))
+    start = common(unique) if len(answers) > 1 else 0
+    seen = [lay([unique[0][:start]], [[]])[0] if start else []] * len(answers)
+    if len(unique) < len(heads) and all(unique) and max(map(len, unique)) - start >= FEWEST:
+        each = lay([head[start:] for head in unique], seen[: len(unique)])
+        seen = [each[unique.index(head)] for head in heads]
+    before = len(ids)
+    rests = [(item.prompt[len(ahead) :], item.answer) for item, ahead in zip(answers, seen, strict=True)]
+    lay([prompt + answer for prompt, answer in rests], seen)
+    labels = [IGNORED] * before + [token for prompt, own in rests for token in [*[IGNORED] * len(prompt), *own]]
+    line, places, targets = (torch.tensor([values], device=device) for values in (ids, positions, labels))
+    return Inputs(line, targets, {"position_ids": places}, make_line(levels, device))
 
 
-def _pass(rows: Sequence[Sequence[int]], before: Tensor | None, places: list[int], device: torch.device) -> Pass:
-    width = max(1, *map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    index = torch.tensor(places, device=device)
-    return Pass(ids, mask if before is None else torch.cat([before[index], mask], dim=1), index)
+def _side_by_side(answers: Sequence[Answered], device: torch.device) -> Inputs:
+    width = max(map(len, answers))
+    rows = [(item.prompt + item.answer, [IGNORED] * len(item.prompt) + item.answer) for item in answers]
+    ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows], device=device)
+    labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows], device=device)
+    return Inputs(ids, labels, {} if bool(mask.all()) else {"attention_mask": mask}, None)

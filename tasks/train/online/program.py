@@ -38,7 +38,6 @@ def work(spec: Spec, events: Events) -> None:
     make_deterministic(settings["seed"])
     from tasks.train.measure import resident_bytes
     from tasks.train.model import position_changes
-    from tasks.train.online.attention import float32_gradients
     from tasks.train.online.journal import Journal
     from tasks.train.online.roles import make_roles
 
@@ -60,13 +59,12 @@ def work(spec: Spec, events: Events) -> None:
     journal = Journal(spec, events, ranks, Path(spec.scratch) / CHECKPOINTS, moved, total, record)
     loop.numbers = journal.resume(loop.numbers)
     rate = _schedule(settings, total)
-    with float32_gradients():
-        while loop.numbers.step < total:
-            factor = rate(loop.numbers.step)
-            _set_rates(settings, moved, factor)
-            metrics, experience = loop.step()
-            journal.add(loop, metrics, experience, settings["learning_rate"] * factor)
-            journal.keep(loop.numbers)
+    while loop.numbers.step < total:
+        factor = rate(loop.numbers.step)
+        _set_rates(settings, moved, factor)
+        metrics, experience = loop.step()
+        journal.add(loop, metrics, experience, settings["learning_rate"] * factor)
+        journal.keep(loop.numbers)
     if journal.resumed_from < total:
         _write_memory(spec, loop, before)
     if ranks.accelerator.is_local_main_process:

@@ -27,7 +27,8 @@ from tasks.train.likelihood import body_of
 from tasks.train.loading import Changes, load_base
 from tasks.train.lora import CLASSIFIER_NAMES, Note, check_base, say
 from tasks.train.model import build_model, make_reference
-from tasks.train.online.inputs import Inputs, shares_beginnings
+from tasks.train.norms import keep_less
+from tasks.train.online.inputs import Inputs, reads_lines
 from tasks.train.online.reader import Reader
 from tasks.train.output import ADAPTER_WEIGHTS
 from tasks.train.reference import ADAPTER, Reference, without_dropout
@@ -96,7 +97,7 @@ class Roles:
     reward: Judge | None
     """None where only functions judge, or a `reader`."""
     share: bool
-    """Rows share what they begin with, see `inputs`."""
+    """Rows share what they begin with, and lie in a line, see `inputs`."""
     reader: Reader | None
     """The reward model, where it has a tokenizer of its own."""
     shared: bool
@@ -145,9 +146,10 @@ def make_roles(spec: Spec, changes: Changes, note: Note = say) -> Roles:
     if lora:
         policy.base_model.set_adapter(ADAPTER)
         speed_up(policy)
+        keep_less(policy)
     own = [reference.frozen, *(j.model for j in (critic, reward) if j and j.adapter is None)]
     everybody = [policy, *(model for model in own if model is not None)]
-    share = all(shares_beginnings(model) for model in everybody)
+    share = all(reads_lines(model) for model in everybody)
     return Roles(policy, reference, critic, reward, share, reader, shared=len(everybody) == 1 and reader is None)
 
 

@@ -114,7 +114,7 @@ def draw_answers(
         sampling: what is drawn from.
         stops: ids that end an answer.
         pad: id behind an answer's end, and in front of shorter prompts.
-        share: what prompts begin with in common is read once, see `inputs.shares_beginnings`.
+        share: what prompts begin with in common is read once, see `inputs.reads_lines`.
 
     Returns:
         [b, n] int64 on the processor; `pad` behind the terminator.

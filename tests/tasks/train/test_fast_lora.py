@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tasks.train.fast_lora import drawing, speed_up
+from tasks.train.fast_lora import GATED, drawing, speed_up
 from tests.tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -113,6 +114,55 @@ def test_in_bfloat16_too_an_adapter_that_begins_with_0_is_the_base_to_the_bit(ba
         found = model(input_ids=ids).logits
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids).logits, found)
+
+
+def kept_widths(mlp: Any, x: torch.Tensor) -> list[int]:
+    """Widths of the tensors with as many rows as x that one pass keeps for its gradients."""
+    kept = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        if (
+            value.numel() % x.shape[:-1].numel() == 0
+            and value.dim() > 1
+            and value.shape[-1] != mlp.down_proj.r["default"]
+        ):
+            kept[value.untyped_storage().data_ptr()] = value.numel() // x.shape[:-1].numel()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        mlp(x)
+    weights = {value.untyped_storage().data_ptr() for value in mlp.parameters()}
+    return sorted(width for place, width in kept.items() if place not in weights)
+
+
+def test_a_gated_mlp_keeps_its_input_and_two_tensors_and_has_the_same_values_and_gradients(base: Path) -> None:
+    model, without = adapted(base), adapted(base)
+    assert speed_up(model) == speed_up(without) == 14
+    for module in without.modules():
+        if type(module).__name__ == "LlamaMLP":
+            del module.forward
+    mlp, plain = (each.base_model.model.model.layers[0].mlp for each in (model, without))
+    h, i = mlp.down_proj.out_features, mlp.down_proj.in_features
+    x = torch.randn(2, 75, h, dtype=torch.float64, generator=torch.manual_seed(0)).requires_grad_()
+    assert kept_widths(mlp, x) == [h, i, i]
+    assert kept_widths(plain, x) == [h, i, i, i, i]
+    (wanted, gradients), (found, others) = (logits_and_gradients(each, MANY) for each in (without, model))
+    assert torch.equal(found, wanted)
+    for name, value in gradients.items():
+        torch.testing.assert_close(others[name], value, atol=1e-13, rtol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("name", sorted(GATED))
+def test_the_mlps_that_are_known_as_gated_are(name: str) -> None:
+    family = name.removesuffix("MLP").lower()
+    module, config = (
+        import_module(f"transformers.models.{family}.{kind}_{family}") for kind in ("modeling", "configuration")
+    )
+    (made,) = (value for key, value in vars(config).items() if key.lower() == f"{family}config")
+    mlp = getattr(module, name)(made(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2))
+    x = torch.randn(3, 8, generator=torch.manual_seed(0))
+    assert mlp.config.hidden_act == "silu"
+    assert torch.equal(mlp(x), mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
 
 @pytest.mark.parametrize("fields", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])

@@ -1,8 +1,7 @@
-"""Prompts and answers side by side: sharing what rows begin with changes nothing but the work."""
+"""Prompts and answers in a line: without pads and with what they share there once, all is the same but the work."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tasks.train.online.inputs import Answered, make_inputs, shares_beginnings
+from tasks.sequences import common
+from tasks.train.online.inputs import Answered, make_inputs, reads_lines
 from tasks.train.online.rollout import Sampling
 from tasks.train.online.scoring import token_logps
 from tests.tiny import tiny_model
@@ -56,23 +56,43 @@ CASES = {
 }
 
 
-def test_the_passes_of_the_example_are_those() -> None:
+def test_the_line_of_the_example_is_that() -> None:
     system, first, second = list(range(1, 10)), [10, 11], [20, 21, 22, 23, 24, 25, 26, 27]
     rows = answered((system + first + [5], [60, 61]), (system + first + [5], [70]), (system + second + [5], [80]))
     inputs = make_inputs(rows, CPU, True)
-    assert [item.ids.tolist() for item in inputs.shared] == [[system], [[*first, *[0] * 6], second]]
-    assert inputs.last.ids.tolist() == [[5, 60, 61], [5, 70, 0], [5, 80, 0]]
-    assert inputs.last.rows.tolist() == [0, 0, 1]
-    assert inputs.labels.tolist() == [[-100, 60, 61], [-100, 70, -100], [-100, 80, -100]]
-    assert inputs.last.mask.sum(dim=1).tolist() == [len(item) for item in rows]
-    assert inputs.last.arguments()["position_ids"].tolist() == [[11, 12, 13], [11, 12, 12], [17, 18, 18]]
-    assert inputs.ends().nonzero().tolist() == [[0, 2], [1, 1], [2, 1]]
-    assert inputs.drawn_from().nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [2, 0]]
+    assert inputs.ids.tolist() == [[*system, *first, *second, 5, 60, 61, 5, 70, 5, 80]]
+    assert inputs.given["position_ids"].tolist() == [[*range(11), *range(9, 17), 11, 12, 13, 11, 12, 17, 18]]
+    assert inputs.labels.tolist() == [[*[-100] * 20, 60, 61, -100, 70, -100, 80]]
+    assert inputs.drawn_from().nonzero()[:, 1].tolist() == [19, 20, 22, 24]
+    assert inputs.ends().nonzero()[:, 1].tolist() == [21, 23, 25]
+    assert inputs.line is not None
+    assert [level.queries.shape for level in inputs.line.levels] == [(1, 9), (2, 8), (3, 3)]
+    seen = [
+        [row[mask.any(dim=0)].tolist() for row, mask in zip(level.keys, level.mask[:, 0], strict=True)]
+        for level in inputs.line.levels
+    ]
+    one, two = [*range(9), 9, 10], [*range(9), *range(11, 19)]
+    assert seen == [[list(range(9))], [one, two], [[*one, 19, 20, 21], [*one, 22, 23], [*two, 24, 25]]]
+    last = inputs.line.levels[-1].mask[:, 0]
+    assert last.sum(dim=2).tolist() == [[12, 13, 14], [12, 13, 13], [18, 19, 19]]  # itself, and what is before it
+    found = torch.cat([level.queries.flatten() for level in inputs.line.levels])
+    assert found[inputs.line.back].tolist() == list(range(26))
+
+
+def test_rows_side_by_side_are_padded_on_the_right() -> None:
+    inputs = make_inputs(answered(([1, 2], [3]), ([4], [5, 6, 7])), CPU, False)
+    assert inputs.ids.tolist() == [[1, 2, 3, 0], [4, 5, 6, 7]]
+    assert inputs.given["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert inputs.ends().nonzero().tolist() == [[0, 2], [1, 3]]
+    assert inputs.drawn_from().nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [1, 2]]
+    assert make_inputs(answered(([1, 2], [3])), CPU, False).given == {}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path_factory.mktemp("inputs") / "base"))
+    made = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path_factory.mktemp("inputs") / "base"))
+    assert reads_lines(made)
+    return made
 
 
 def logps(model: Any, rows: list[Answered], share: bool) -> torch.Tensor:
@@ -89,7 +109,10 @@ def gradients(model: Any, rows: list[Answered], share: bool) -> dict[str, torch.
 @pytest.mark.parametrize("name", CASES)
 def test_log_probabilities_and_gradients_are_those_of_a_plain_slow_loop(model: Any, name: str) -> None:
     rows = CASES[name]
-    assert bool(make_inputs(rows, CPU, True).shared) == (name != "nothing-in-common")
+    line = make_inputs(rows, CPU, True).line
+    assert line is not None
+    levels = {"nothing-in-common": 1, "groups-and-alone": 3}.get(name, 2)
+    assert len(line.levels) == levels
     slow = []
     for item in rows:
         logits = model(input_ids=torch.tensor([item.prompt + item.answer])).logits[0, len(item.prompt) - 1 : -1]
@@ -103,7 +126,6 @@ def test_log_probabilities_and_gradients_are_those_of_a_plain_slow_loop(model: A
 
 def test_activations_computed_again_give_the_same_gradients_to_the_bit(model: Any) -> None:
     model.train()
-    assert shares_beginnings(model)
     for rows in CASES.values():
         wanted = gradients(model, rows, True)
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -118,34 +140,52 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "gpt-neox": GPTNeoXConfig(**SIZES),
     "cohere": CohereConfig(**SIZES),
-    "falcon": FalconConfig(**SIZES, new_decoder_architecture=True),
-    "falcon-alibi": FalconConfig(**SIZES, alibi=True),
-    "bloom": BloomConfig(**SIZES),
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [(family, how) for family in FAMILIES for how in ("sdpa", "eager") if (family, how) != ("bloom", "sdpa")],
-)
-def test_families_of_models_whose_layers_keep_keys_and_values(family: str, attention: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_models_whose_layers_keep_keys_and_values(family: str) -> None:
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention).eval()
-    assert shares_beginnings(made)
-    for rows in CASES.values():
-        torch.testing.assert_close(logps(made, rows, True), logps(made, rows, False), atol=2e-5, rtol=1e-4)
+    made = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa").eval()
+    plain = {name: logps(made, rows, False) for name, rows in CASES.items()}
+    assert reads_lines(made)
+    for name, rows in CASES.items():
+        torch.testing.assert_close(logps(made, rows, True), plain[name], atol=2e-5, rtol=1e-4)
+        assert torch.equal(logps(made, rows, False), plain[name])  # without a line it is PyTorch's, as before
 
 
-def test_layers_that_forget_do_not_share(tmp_path: Path) -> None:
-    assert not shares_beginnings(AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=8)))
-    assert not shares_beginnings(AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, head_dim=8)))
-    judge = AutoModelForSequenceClassification.from_pretrained(tiny_model(tmp_path / "base"), num_labels=1)
-    assert shares_beginnings(judge)
+def test_models_that_forget_or_compute_attention_their_own_way_read_no_lines(tmp_path: Path) -> None:
+    others = (
+        MistralConfig(**SIZES, sliding_window=8),
+        Gemma2Config(**SIZES, head_dim=8),
+        FalconConfig(**SIZES, alibi=True),
+        BloomConfig(**SIZES),
+    )
+    for config in others:
+        assert not reads_lines(AutoModelForCausalLM.from_config(config))
+    base = tiny_model(tmp_path / "base")
+    assert reads_lines(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1))
+    assert not reads_lines(AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"))
+    unasked = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ValueError, match="reads_lines is to be asked first"):
+        logps(unasked, CASES["groups"], True)
 
 
-def test_a_pass_goes_on_from_rows_of_the_one_before() -> None:
+def test_a_model_that_reads_lines_is_saved_as_it_was(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base")
+    made = AutoModelForCausalLM.from_pretrained(base)
+    made.save_pretrained(tmp_path / "before")
+    assert reads_lines(made)
+    made.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "after" / "config.json").read_bytes() == (tmp_path / "before" / "config.json").read_bytes()
+
+
+def test_a_line_has_no_pads_and_every_token_that_is_shared_once() -> None:
     for rows in CASES.values():
         inputs = make_inputs(rows, CPU, True)
-        for before, after in pairwise([*inputs.shared, inputs.last]):
-            width = before.mask.shape[1]
-            assert torch.equal(after.mask[:, :width], before.mask[after.rows])
+        heads = {tuple(item.prompt[:-1]) for item in rows}
+        shared = common([list(head) for head in heads])
+        assert inputs.ids.shape[1] <= sum(map(len, rows)) - shared * (len(rows) - 1)
+        assert (inputs.labels != -100).sum() == sum(len(item.answer) for item in rows)
+    one_prompt = make_inputs(CASES["one-prompt"], CPU, True)
+    assert one_prompt.ids.shape[1] == len(NINE[1]) - 1 + 3 + (3 + 1 + 4)
