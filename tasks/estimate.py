@@ -18,14 +18,13 @@ from typing import Any
 from registry.combinations import ONLINE, WITH_REFERENCE, WITHOUT_CRITIC
 from registry.deepspeed import zero_stage
 from registry.optimizers import OPTIMIZERS
-from tasks.architecture import SCORE, Architecture, layer_of, wrapped
+from tasks.architecture import LIKE_LLAMA, SCORE, Architecture, layer_of, wrapped
 
 GIB = 2**30
 SINGLE, HALF = 4, 2  # bytes of a float32 and of a bfloat16 number
 BLOCK = 64  # weights with one scale of their own in 4 bits (QLoRA, arXiv:2305.14314); 256 scales with one of theirs
 # measured with glibc 2.36, shares of what the layers keep; of a critic's pass little fits where the policy's was
 HOLES = {"lora": 0.93, "full": 0.45, "critic": 0.93, "drawing": 0.62}
-WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # families
 FIRST_USE = 0.055 * GIB  # measured: what libraries load and set up at their first product
 
 
@@ -339,7 +338,7 @@ def _kept_by_layer(model: Architecture, settings: dict[str, Any], batch: Largest
         2.0 * q + (2 * q if batch.masked else 2 * k) + (batch.longest if batch.masked else 0),
         1.0 * model.heads,
     )
-    if settings["stage"] in ONLINE and model.family in WRITTEN_OUT:
+    if settings["stage"] in ONLINE and model.family in LIKE_LLAMA:
         numbers, single = 2.0 * q + 2 * k, 0.0
     numbers, single = numbers + (4 if model.gated() else 2) * i, single + 2
     if writes_out(model, settings):
@@ -362,7 +361,7 @@ def writes_out(model: Architecture, settings: dict[str, Any]) -> bool:
     """
     plain = settings["finetuning_type"] == "lora" and not settings["use_dora"] and "quant_bit" not in settings
     everything = plain and len(_of_first_layer(model, settings)) == sum(layer_of(f"{n}.") == 0 for n in model.linear())
-    return everything and settings["stage"] in ONLINE and model.family in WRITTEN_OUT
+    return everything and settings["stage"] in ONLINE and model.family in LIKE_LLAMA
 
 
 def _of_first_layer(model: Architecture, settings: dict[str, Any]) -> set[str]:
